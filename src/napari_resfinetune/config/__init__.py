@@ -1,0 +1,30 @@
+"""Floor 0: what a run is, without torch and without Qt."""
+
+from napari_resfinetune.config.files import make_config, merge, parse_overrides, read_config, read_yaml, write_config
+from napari_resfinetune.config.schema import (
+    AugmentConfig,
+    DataConfig,
+    FinetuneConfig,
+    FrozenStrategy,
+    FullStrategy,
+    ResourcesConfig,
+    Strategy,
+    TrainingConfig,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "DataConfig",
+    "FinetuneConfig",
+    "FrozenStrategy",
+    "FullStrategy",
+    "ResourcesConfig",
+    "Strategy",
+    "TrainingConfig",
+    "make_config",
+    "merge",
+    "parse_overrides",
+    "read_config",
+    "read_yaml",
+    "write_config",
+]

@@ -1,0 +1,135 @@
+"""What a run is: one frozen, validated object that drives Python, the command, the window and a cluster job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+PresetName = Literal[
+    "auto", "cpu-8gb", "cpu-16gb", "cpu-32gb", "cpu-64gb", "gtx1080", "rtx5000", "v100", "rtx3090", "a100", "mps"
+]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Targets = Literal["both", "masks", "instances"]
+Locations = str | tuple[str, ...]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class AugmentConfig(_Frozen):
+    """How patches are varied while training. Validation patches never are."""
+
+    flips: bool = Field(True, description="mirror patches along either axis")
+    rotations: bool = Field(True, description="turn patches by multiples of 90 degrees")
+    intensity: float = Field(
+        0.2, ge=0, lt=1, description="largest relative change of contrast and brightness; 0 switches it off"
+    )
+
+
+class DataConfig(_Frozen):
+    """Which images and labels, and how patches are taken from them."""
+
+    images: Locations | None = Field(None, description="a folder, a glob, or a list of files")
+    labels: Locations | None = Field(None, description="a folder, a glob, or a list of files, paired by file stem")
+    image_key: str | None = Field(None, description="path of the array inside HDF5 or zarr image files")
+    label_key: str | None = Field(None, description="path of the array inside HDF5 or zarr label files")
+    axes: str | None = Field(None, description="axes of the images, as 'YX', 'YXC', 'CYX', 'ZYX', 'TYX'; found if unset")
+    channels: tuple[int, ...] | None = Field(
+        None, min_length=1, max_length=3, description="which 1 to 3 channels of a multichannel image are shown to the model"
+    )
+    percentiles: tuple[float, float] = Field(
+        (0.1, 99.9), description="intensity percentiles of each image that become 0 and 255"
+    )
+    patch_px: int = Field(512, ge=64, le=2048, description="side of the square training patch, in image pixels")
+    max_images: PositiveInt | None = Field(None, description="use only this many training images (1, 2, 5, 10, ...)")
+    validation_fraction: float = Field(0.2, gt=0, lt=1, description="share of the images that is held out")
+    validation_images: Locations | None = Field(None, description="held-out images, instead of a share")
+    validation_labels: Locations | None = Field(None, description="labels of the held-out images")
+    min_object_px: PositiveInt = Field(25, description="smaller objects are not trained on, in pixels")
+    augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        low, high = self.percentiles
+        if not 0 <= low < high <= 100:
+            raise ValueError(f"percentiles: found {low} and {high}; expected 0 <= low < high <= 100")
+        if (self.validation_images is None) != (self.validation_labels is None):
+            raise ValueError("validation_images and validation_labels: only one of them is set; set both or neither")
+        return self
+
+
+class FullStrategy(_Frozen):
+    """Everything learns: image encoder, prompt encoder and decoders."""
+
+    kind: Literal["full"] = "full"
+
+
+class FrozenStrategy(_Frozen):
+    """The image encoder stays as it is; prompt encoder and decoders learn."""
+
+    kind: Literal["frozen"] = "frozen"
+
+
+Strategy = Annotated[FullStrategy | FrozenStrategy, Field(discriminator="kind")]
+
+
+class TrainingConfig(_Frozen):
+    """How long and how the model learns."""
+
+    epochs: PositiveInt = Field(100, description="at most this many epochs")
+    samples_per_epoch: PositiveInt = Field(
+        50, description="patches in an epoch; images are drawn again until there are this many"
+    )
+    batch_size: PositiveInt = Field(1, description="patches in one optimizer step")
+    objects: PositiveInt | None = Field(
+        None, description="objects per patch that the mask decoder learns from in one step; from the preset if unset"
+    )
+    input_px: int = Field(
+        1024,
+        ge=128,
+        le=1024,
+        multiple_of=64,
+        description="side that a patch is resized to; half of it with half of data.patch_px keeps the scale of objects "
+        "and costs a quarter, with less context around each",
+    )
+    sub_iterations: PositiveInt = Field(8, description="rounds of prompting per object and step")
+    mask_prompt_probability: float = Field(0.5, ge=0, le=1, description="how often a round also gets the last mask")
+    learning_rate: PositiveFloat = Field(1e-5, description="AdamW's learning rate at the start")
+    plateau_factor: float = Field(0.9, gt=0, lt=1, description="the rate is multiplied by this on a plateau")
+    plateau_patience: int = Field(3, ge=0, description="epochs without improvement before that")
+    early_stopping: PositiveInt | None = Field(10, description="stop after this many epochs without improvement")
+    targets: Targets = Field("both", description="which decoders learn: 'both', 'masks' (prompts) or 'instances' (automatic)")
+    seed: int = Field(0, ge=0, description="fixes split, patches, prompts and new weights")
+    keep_every: PositiveInt | None = Field(None, description="also keep the checkpoint of every k-th epoch")
+
+
+class ResourcesConfig(_Frozen):
+    """What the run may use. Limits bind training only."""
+
+    preset: PresetName = Field("auto", description="a named hardware preset")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where the model runs")
+    precision: Precision = Field("auto", description="number format of the activations; 'auto' probes the device")
+    memory_gb: PositiveFloat | None = Field(None, description="most memory that training may take")
+    threads: PositiveInt | None = Field(None, description="CPU threads that training may take")
+    workers: int | None = Field(None, ge=0, description="processes that load patches; chosen for the machine if unset")
+    object_chunk: PositiveInt | None = Field(
+        None, description="objects sent through the mask decoder at once; changes memory, not the result"
+    )
+
+
+class FinetuneConfig(_Frozen):
+    """One finetuning run, whole.
+
+    Read and written as YAML (`read_config`, `write_config`); keys are the same on the command line
+    (``--set training.epochs=20``).
+    """
+
+    model: str = Field("vit_b_lm", description="a model name, or the path of a checkpoint or a run folder")
+    output: Path | None = Field(None, description="the run folder; must not exist or be empty")
+    data: DataConfig = DataConfig()
+    strategy: Strategy = FullStrategy()
+    training: TrainingConfig = TrainingConfig()
+    resources: ResourcesConfig = ResourcesConfig()
