@@ -35,7 +35,9 @@ def make_config(values: Mapping[str, Any], where: str = "config") -> FinetuneCon
         raise ConfigError(*(_say(problem, where) for problem in error.errors())) from None
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> FinetuneConfig:
+def read_config(
+    path: str | Path, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
+) -> FinetuneConfig:
     """Read a YAML file, lay `base` and then ``section.key=value`` overrides over it, and validate the whole.
 
     Raises
@@ -71,7 +73,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: found {type(values).__name__}; expected a mapping with keys such as 'model: vit_b_lm'")
+        raise ConfigError(
+            f"{path}: found {type(values).__name__}; expected a mapping with keys such as 'model: vit_b_lm'"
+        )
     return values
 
 
@@ -95,9 +99,11 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             problems.append(f"--set {override}: the value is not valid YAML; quote it")
             continue
-        for part in reversed(key.strip().split(".")):
-            value = {part: value}
-        values = merge(values, value)
+        *outer, last = key.strip().split(".")
+        nested: dict[str, Any] = {last: value}
+        for part in reversed(outer):
+            nested = {part: nested}
+        values = merge(values, nested)
     if problems:
         raise ConfigError(*problems)
     return values

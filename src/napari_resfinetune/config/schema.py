@@ -36,9 +36,14 @@ class DataConfig(_Frozen):
     labels: Locations | None = Field(None, description="a folder, a glob, or a list of files, paired by file stem")
     image_key: str | None = Field(None, description="path of the array inside HDF5 or zarr image files")
     label_key: str | None = Field(None, description="path of the array inside HDF5 or zarr label files")
-    axes: str | None = Field(None, description="axes of the images, as 'YX', 'YXC', 'CYX', 'ZYX', 'TYX'; found if unset")
+    axes: str | None = Field(
+        None, description="axes of the images, as 'YX', 'YXC', 'CYX', 'ZYX', 'TYX'; found if unset"
+    )
     channels: tuple[int, ...] | None = Field(
-        None, min_length=1, max_length=3, description="which 1 to 3 channels of a multichannel image are shown to the model"
+        None,
+        min_length=1,
+        max_length=3,
+        description="which 1 to 3 channels of a multichannel image are shown to the model",
     )
     percentiles: tuple[float, float] = Field(
         (0.1, 99.9), description="intensity percentiles of each image that become 0 and 255"
@@ -101,7 +106,9 @@ class TrainingConfig(_Frozen):
     plateau_factor: float = Field(0.9, gt=0, lt=1, description="the rate is multiplied by this on a plateau")
     plateau_patience: int = Field(3, ge=0, description="epochs without improvement before that")
     early_stopping: PositiveInt | None = Field(10, description="stop after this many epochs without improvement")
-    targets: Targets = Field("both", description="which decoders learn: 'both', 'masks' (prompts) or 'instances' (automatic)")
+    targets: Targets = Field(
+        "both", description="which decoders learn: 'both', 'masks' (prompts) or 'instances' (automatic)"
+    )
     seed: int = Field(0, ge=0, description="fixes split, patches, prompts and new weights")
     keep_every: PositiveInt | None = Field(None, description="also keep the checkpoint of every k-th epoch")
 

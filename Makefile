@@ -1,0 +1,53 @@
+# Two commands matter: `make demo` and `make test`. Both start from a machine with only Python 3.11, git and make.
+# PYTHON=... chooses the interpreter, PYTEST_ARGS=... is handed to pytest.
+
+VENV := .venv
+READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
+INPUTS := pyproject.toml constraints.txt scripts/setup.sh
+SETUP := bash scripts/setup.sh
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test check format constraints clean
+
+help:
+	@echo "make demo         finetune a small model on made-up images and show it got better"
+	@echo "make test         environment, Debian's libraries for Qt and Xvfb, then the whole test suite"
+	@echo "make check        ruff, mypy and the docstring check"
+	@echo "make format       let ruff rewrite the layout"
+	@echo "make constraints  renew constraints.txt"
+	@echo "make clean        remove environments, caches and build outputs"
+
+env: $(READY)
+
+$(READY): $(INPUTS)
+	@$(SETUP) env test
+	@touch $@
+
+$(READY_DEV): $(READY)
+	@$(SETUP) env test,dev
+	@touch $@
+
+demo: $(READY)
+	$(VENV)/bin/resfinetune demo
+
+test: $(READY)
+	@$(SETUP) libraries
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+check: $(READY_DEV)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/numpydoc lint $$(find src -name '*.py')
+
+format: $(READY_DEV)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+constraints:
+	@$(SETUP) constraints
+
+clean:
+	rm -rf $(VENV) .venv-tools build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

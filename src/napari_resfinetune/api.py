@@ -1,0 +1,472 @@
+"""One call per verb, over one configuration: what scripts, the command and the window all use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from napari_resfinetune.config import FinetuneConfig, make_config, merge
+from napari_resfinetune.errors import ConfigError, ResFinetuneError
+from napari_resfinetune.events import Event, Failed, Finished, Message, Status, StopToken
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from napari_resfinetune.data.doctor import CheckReport
+    from napari_resfinetune.evaluation import Evaluation
+    from napari_resfinetune.models import SamModel
+    from napari_resfinetune.training.prepare import OpenedData, Setup
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes
+    ----------
+    run_dir
+        The run folder.
+    status
+        How it ended.
+    best_epoch
+        Epoch of the best validation metric, from 0; -1 when it was stopped before the first validation.
+    best_metric
+        Lower is better; `None` when it was stopped before the first validation.
+    peak_memory_gb
+        Most memory that this process took.
+    seconds
+        Time spent training, over all sessions of the run.
+    """
+
+    run_dir: Path
+    status: Status
+    best_epoch: int
+    best_metric: float | None
+    peak_memory_gb: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {**asdict(self), "run_dir": str(self.run_dir)}
+
+
+def train(
+    images: Any = None,
+    labels: Any = None,
+    *,
+    output: str | Path | None = None,
+    on_event: OnEvent | None = None,
+    stop: StopToken | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> TrainResult:
+    """Finetune a model on labelled images.
+
+    Parameters
+    ----------
+    images, labels
+        A folder, a glob, a list of paths, or a list of arrays ("YX", "YXC", "ZYX"); labels hold one id per object, 0 is
+        background. Or one `FinetuneConfig` as the only positional argument.
+    output
+        The run folder; it must be new or empty, unless `resume`.
+    on_event
+        Called with every event, in this thread.
+    stop
+        Ask it to stop and the run saves a checkpoint and ends after the current step.
+    resume
+        Continue the run in `output` when there is one.
+    **settings
+        ``model``, ``strategy`` and ``preset`` by name, and the sections ``data``, ``training``, ``resources`` as
+        mappings, with the keys of `FinetuneConfig`.
+
+    Returns
+    -------
+    TrainResult
+
+    Raises
+    ------
+    ConfigError, DataError, ModelError, ResourceError, TrainingError
+        Before anything is written wherever possible.
+    """
+    config, images, labels = _as_config(images, labels, output, settings)
+    output = config.output
+    if output is None:
+        raise ConfigError("output: not given; name a new folder for the run, as in --output runs/my-cells")
+    if resume and (output / "config.yaml").is_file():
+        from napari_resfinetune.training.run_folder import open_run
+
+        changed = settings or isinstance(images, FinetuneConfig)
+        _, written = open_run(output)
+        return _continue(written if not changed else _same_run(written, config), images, labels, on_event, stop)
+    from napari_resfinetune.training.prepare import choose_setup, open_data, settle
+    from napari_resfinetune.training.run_folder import check_output, create_run
+
+    check_output(output)
+    from napari_resfinetune.models import resolve_model
+    from napari_resfinetune.planning import environment_report, probe_hardware
+
+    data = open_data(config, images, labels)
+    hardware = probe_hardware()
+    setup = choose_setup(config, hardware)
+    config = settle(config, setup, resolve_model(config.model))
+    run = create_run(output, config)
+    run.write_json("environment.json", environment_report(hardware))
+    run.write_json("plan.json", setup.to_dict())
+    run.write_json("split.json", data.split.to_dict(data.pairs))
+    return _run(config, data, setup, on_event, stop, resume=False)
+
+
+def resume(
+    run_dir: str | Path,
+    images: Any = None,
+    labels: Any = None,
+    *,
+    on_event: OnEvent | None = None,
+    stop: StopToken | None = None,
+    epochs: int | None = None,
+) -> TrainResult:
+    """Continue a run exactly where it was.
+
+    Parameters
+    ----------
+    run_dir
+        The run folder.
+    images, labels
+        Needed only for a run that was given arrays.
+    on_event, stop
+        As for `train`.
+    epochs
+        A new number of epochs.
+
+    Raises
+    ------
+    ConfigError
+        When there is no run.
+    """
+    from napari_resfinetune.training.run_folder import open_run
+
+    _, config = open_run(Path(run_dir))
+    config = config.model_copy(update={"output": Path(run_dir)})
+    if epochs is not None:
+        config = make_config(merge(config.model_dump(mode="json"), {"training": {"epochs": epochs}}), "resume")
+    return _continue(config, images, labels, on_event, stop)
+
+
+def check(images: Any = None, labels: Any = None, **settings: Any) -> CheckReport:
+    """Look for everything that is wrong with images and labels, before any model is loaded.
+
+    Parameters
+    ----------
+    images, labels
+        As for `train`.
+    **settings
+        The section ``data`` as for `train`.
+
+    Returns
+    -------
+    CheckReport
+        ``errors`` stop a training, ``warnings`` do not; each names its fix.
+
+    Raises
+    ------
+    DataError
+        When there is nothing to look at.
+    """
+    from napari_resfinetune.data.doctor import check_pairs
+    from napari_resfinetune.data.pairs import find_pairs
+
+    config, images, labels = _as_config(images, labels, None, settings)
+    data = config.data
+    images, labels = images if images is not None else data.images, labels if labels is not None else data.labels
+    if images is None or labels is None:
+        raise ConfigError("images and labels: both are needed, as in --images cells/ --labels masks/")
+    pairs = find_pairs(
+        images, labels, image_key=data.image_key, label_key=data.label_key, axes=data.axes, channels=data.channels
+    )
+    return check_pairs(pairs, patch_px=data.patch_px, min_object_px=data.min_object_px)
+
+
+def load_model(model: str | Path, *, device: str = "auto", decoder: str = "none") -> SamModel:
+    """Load a model by name, from a checkpoint, or from a run folder.
+
+    Parameters
+    ----------
+    model
+        A name such as "vit_b_lm", the path of a checkpoint, or of a run folder.
+    device
+        "auto", "cpu", "cuda" or "mps".
+    decoder
+        "required" refuses a model without instance decoder, "new" makes one where it lacks, "none" leaves it out.
+
+    Raises
+    ------
+    ModelError
+        When it cannot be loaded.
+    """
+    from napari_resfinetune.models import load_model as load
+    from napari_resfinetune.planning import pick_device, probe_hardware
+
+    name, _ = pick_device(device, probe_hardware())
+    return load(model, decoder=decoder, device=name)  # type: ignore[arg-type]
+
+
+def segment(
+    image: Any, *, model: str | Path | SamModel, mode: str = "ais", device: str = "auto", **options: Any
+) -> NDArray[np.uint32]:
+    """Segment one image.
+
+    Parameters
+    ----------
+    image
+        Array "YX", "YXC" or "ZYX", or the path of an image file.
+    model
+        As for `load_model`, or a loaded model.
+    mode
+        "ais" uses the instance decoder, "amg" SAM's grid of points.
+    device
+        "auto", "cpu", "cuda" or "mps".
+    **options
+        ``axes``, ``channels``, ``percentiles``, ``patch_px`` when they differ from what the model was trained with.
+
+    Returns
+    -------
+    uint32 array, "YX" or "ZYX": one id per object, 0 is background.
+    """
+    (labels,) = (result for _, result in segment_many([image], model=model, mode=mode, device=device, **options))
+    return labels
+
+
+def segment_many(
+    images: Any, *, model: str | Path | SamModel, mode: str = "ais", device: str = "auto", **options: Any
+) -> Iterator[tuple[str, NDArray[np.uint32]]]:
+    """Segment images one by one, with the model loaded once.
+
+    Parameters
+    ----------
+    images
+        As for `train`.
+    model, mode, device, **options
+        As for `segment`.
+
+    Yields
+    ------
+    name
+        Stem of the file, or "array 1" and so on.
+    labels
+        As `segment` returns.
+    """
+    from napari_resfinetune.data.pairs import find_images
+    from napari_resfinetune.inference import check_mode, segment_source
+
+    check_mode(mode)
+    sources = find_images(images, image_key=options.pop("image_key", None), axes=options.pop("axes", None))
+    loaded = _loaded(model, [mode], device)
+    settings = _inference_settings(loaded, device, options)
+    for source in sources:
+        yield source.name, segment_source(loaded, source, mode=mode, **settings)
+
+
+def evaluate(
+    images: Any,
+    labels: Any,
+    *,
+    model: str | Path | SamModel,
+    modes: Sequence[str] = ("ais",),
+    device: str = "auto",
+    on_progress: Callable[[int, int, str], None] | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Score a model on labelled images.
+
+    Parameters
+    ----------
+    images, labels
+        As for `train`.
+    model, device
+        As for `segment`.
+    modes
+        Any of "ais", "amg", "box", "point".
+    on_progress
+        Called with images done, images in all, and the name of the next.
+    **options
+        As for `segment`.
+
+    Returns
+    -------
+    Evaluation
+        ``rows`` per image and mode, and means per mode as ``to_dict()``.
+    """
+    from napari_resfinetune.data.doctor import check_pairs
+    from napari_resfinetune.data.pairs import find_pairs
+    from napari_resfinetune.evaluation import check_modes, evaluate_model
+
+    check_modes(modes)
+    where = {name: options.pop(name, None) for name in ("image_key", "label_key", "axes")}
+    pairs = find_pairs(images, labels, channels=options.get("channels"), **where)
+    check_pairs(pairs).raise_for_errors()
+    loaded = _loaded(model, modes, device)
+    settings = _inference_settings(loaded, device, options)
+    settings.pop("channels")
+    return evaluate_model(loaded, pairs, modes=tuple(modes), on_progress=on_progress, **settings)
+
+
+def doctor() -> dict[str, Any]:
+    """Say what this computer has and what of the product works on it, as plain data."""
+    from napari_resfinetune.planning import doctor_report
+
+    return doctor_report()
+
+
+def _as_config(
+    images: Any, labels: Any, output: str | Path | None, settings: Mapping[str, Any]
+) -> tuple[FinetuneConfig, Any, Any]:
+    """Bring the two ways of calling together; returns images and labels only where they are arrays."""
+    if isinstance(images, FinetuneConfig):
+        if labels is not None or settings:
+            raise ConfigError("a FinetuneConfig was given together with other settings; put them into the config")
+        config = images if output is None else images.model_copy(update={"output": Path(output)})
+        return config, None, None
+    values: dict[str, Any] = dict(settings)
+    if "preset" in values:
+        values = merge(values, {"resources": {"preset": values.pop("preset")}})
+    if isinstance(values.get("strategy"), str):
+        values["strategy"] = {"kind": values["strategy"]}
+    if isinstance(values.get("model"), Path):
+        values["model"] = str(values["model"])
+    if output is not None:
+        values["output"] = str(output)
+    named = {}
+    for name, value in (("images", images), ("labels", labels)):
+        location = _location(value)
+        if location is not None:
+            named[name] = location
+    config = make_config(merge(values, {"data": named}), "settings")
+    return config, None if "images" in named else images, None if "labels" in named else labels
+
+
+def _location(value: Any) -> Any:
+    """Return paths as strings for the configuration, and `None` for arrays."""
+    if isinstance(value, str | Path):
+        return str(value)
+    if isinstance(value, list | tuple) and value and all(isinstance(item, str | Path) for item in value):
+        return tuple(str(item) for item in value)
+    return None
+
+
+def _same_run(written: FinetuneConfig, asked: FinetuneConfig) -> FinetuneConfig:
+    """Let a resumed run differ from what is written in its number of epochs and in resources only."""
+    objects = asked.training.objects if asked.training.objects is not None else written.training.objects
+    training = asked.training.model_copy(update={"epochs": written.training.epochs, "objects": objects})
+    if training != written.training or asked.strategy != written.strategy or asked.model != written.model:
+        raise ConfigError(
+            f"{asked.output}: holds a run with other settings; choose another output folder, "
+            "or resume it with the settings that its config.yaml names"
+        )
+    return written.model_copy(
+        update={
+            "training": written.training.model_copy(update={"epochs": asked.training.epochs}),
+            "resources": asked.resources,
+        }
+    )
+
+
+def _continue(
+    config: FinetuneConfig, images: Any, labels: Any, on_event: OnEvent | None, stop: StopToken | None
+) -> TrainResult:
+    from napari_resfinetune.planning import probe_hardware
+    from napari_resfinetune.training.prepare import choose_setup, open_data
+
+    if config.data.images is None and images is None:
+        raise ConfigError(f"{config.output}: the run was given arrays; resume it from Python with the same arrays")
+    data = open_data(config, images, labels)
+    return _run(config, data, choose_setup(config, probe_hardware()), on_event, stop, resume=True)
+
+
+def _run(
+    config: FinetuneConfig,
+    data: OpenedData,
+    setup: Setup,
+    on_event: OnEvent | None,
+    stop: StopToken | None,
+    *,
+    resume: bool,
+) -> TrainResult:
+    from napari_resfinetune.training.checkpoints import find_checkpoint
+    from napari_resfinetune.training.loop import Trainer
+    from napari_resfinetune.training.prepare import make_job
+    from napari_resfinetune.training.run_folder import RunFolder, RunLog
+
+    run = RunFolder(Path(str(config.output)))
+    job, report, _ = make_job(config, run, data, setup)
+    trainer = Trainer(job, resume=resume)
+    log = RunLog(run, first_epoch=trainer.progress.epoch)
+    finished = None
+
+    def tell(event: Event) -> None:
+        log(event)
+        if on_event is not None:
+            on_event(event)
+
+    try:
+        for text in _opening(data, setup, report):
+            tell(Message(text))
+        for event in trainer.run(stop or StopToken()):
+            tell(event)
+            if isinstance(event, Finished):
+                finished = event
+    except ResFinetuneError as error:
+        tell(Failed(str(error), resumable=find_checkpoint(run.latest) is not None))
+        raise
+    finally:
+        log.close()
+    if finished is None:
+        raise RuntimeError("the trainer ended without saying how")
+    best_metric = finished.best_metric if math.isfinite(finished.best_metric) else None
+    return TrainResult(
+        run.path, finished.status, finished.best_epoch, best_metric, finished.peak_memory_gb, finished.seconds
+    )
+
+
+def _opening(data: OpenedData, setup: Setup, report: Any) -> Iterator[str]:
+    """Say in words what is about to run."""
+    yield data.split.note
+    yield from (str(problem) for problem in data.report.warnings)
+    yield from setup.notes
+    yield setup.precision.reason
+    learns = ", ".join(part.replace("_", " ") for part, count in report.trainable.items() if count)
+    millions = sum(report.trainable.values()) / 1e6
+    yield f"learning: {learns} ({millions:.1f} M parameters, {report.share:.0%} of the model)"
+
+
+def _loaded(model: str | Path | SamModel, modes: Sequence[str], device: str) -> SamModel:
+    if not isinstance(model, str | Path):
+        return model
+    return load_model(model, device=device, decoder="required" if "ais" in modes else "none")
+
+
+def _inference_settings(model: SamModel, device: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Scale images as the model saw them in training, unless told otherwise."""
+    from napari_resfinetune.config import DataConfig
+    from napari_resfinetune.planning import choose_precision, probe_hardware
+    from napari_resfinetune.training.prepare import DTYPES
+
+    unknown = set(options) - {"channels", "percentiles", "patch_px"}
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(sorted(unknown))}: unknown option; known are channels, percentiles, patch_px, axes"
+        )
+    defaults = DataConfig()
+    trained = model.meta
+    actual = str(next(model.parameters()).device.type)
+    return {
+        "channels": options.get("channels", trained.get("channels")),
+        "percentiles": tuple(options.get("percentiles") or trained.get("percentiles") or defaults.percentiles),
+        "patch_px": options.get("patch_px") or trained.get("patch_px") or defaults.patch_px,
+        "precision": DTYPES[choose_precision("auto", actual, probe_hardware()).name],
+    }

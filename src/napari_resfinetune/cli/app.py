@@ -1,0 +1,313 @@
+"""The verbs of the command and their options."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from napari_resfinetune import api
+from napari_resfinetune.cli.output import (
+    STOPPED,
+    TrainingProgress,
+    errors,
+    plain_errors,
+    print_json,
+    print_table,
+    results,
+    stop_on_interrupt,
+)
+from napari_resfinetune.config import FinetuneConfig, make_config, merge, parse_overrides, read_yaml
+from napari_resfinetune.errors import ConfigError, DataError
+
+app = typer.Typer(
+    name="resfinetune",
+    help="Finetune Segment Anything on your own cells, with the computer you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Images = Annotated[
+    list[str] | None, typer.Option("--images", "-i", help="Folder, glob or files with images; repeat for more.")
+]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option("--labels", "-l", help="Folder, glob or files with labels, one id per object; paired by file stem."),
+]
+Model = Annotated[str, typer.Option("--model", "-m", help="Model name, checkpoint or run folder.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any configuration key, as in --set training.epochs=20; repeat for more."),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this computer has, and what of resfinetune works on it."""
+    with plain_errors():
+        report = api.doctor()
+        if as_json:
+            print_json(report)
+            return
+        for section in report["sections"]:
+            print_table({"": "left", " ": "left"}, [[str(k), str(v)] for k, v in section["rows"]], section["title"])
+            results.print()
+        for advice in report["advice"]:
+            results.print(f"! {advice}")
+
+
+@app.command()
+def check(images: Images = None, labels: Labels = None, set_: Set = None, as_json: AsJson = False) -> None:
+    """Look for problems in images and labels, each with its fix, before any model is loaded."""
+    with plain_errors():
+        config = _config(None, {"data": _data(images, labels)}, set_)
+        report = api.check(data=config.data.model_dump(mode="json", exclude_none=True))
+        if as_json:
+            print_json(report.to_dict())
+        else:
+            for problem in report.errors:
+                results.print(f"[bold red]error[/]    {_markup(problem)}")
+            for problem in report.warnings:
+                results.print(f"[yellow]warning[/]  {_markup(problem)}")
+            results.print(f"{len(report.errors)} errors, {len(report.warnings)} warnings")
+    if report.errors:
+        raise typer.Exit(DataError.exit_status)
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="Configuration as YAML; options below go over it.")] = None,
+    images: Images = None,
+    labels: Labels = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Start from this name, checkpoint or run folder.")
+    ] = None,
+    strategy: Annotated[str | None, typer.Option("--strategy", "-s", help="What learns: full or frozen.")] = None,
+    preset: Annotated[str | None, typer.Option("--preset", "-p", help="Hardware preset, or auto.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="New folder for the run.")] = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Finetune a model on images and labels.
+
+    Ctrl-C saves a checkpoint and stops; go on with: resfinetune resume RUN.
+    """
+    with plain_errors():
+        values: dict[str, Any] = {"data": _data(images, labels)}
+        if model is not None:
+            values["model"] = model
+        if strategy is not None:
+            values["strategy"] = {"kind": strategy}
+        if preset is not None:
+            values["resources"] = {"preset": preset}
+        if output is not None:
+            values["output"] = str(output)
+        settings = _config(config, values, set_)
+        with stop_on_interrupt() as stop, TrainingProgress() as progress:
+            result = api.train(settings, on_event=progress, stop=stop)
+        _end(result, as_json)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    epochs: Annotated[int | None, typer.Option(help="A new number of epochs.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a run exactly where it stopped."""
+    with plain_errors():
+        with stop_on_interrupt() as stop, TrainingProgress() as progress:
+            result = api.resume(run, epochs=epochs, on_event=progress, stop=stop)
+        _end(result, as_json)
+
+
+@app.command()
+def segment(
+    images: Images = None,
+    model: Model = "vit_b_lm",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for one label TIFF per image.")] = None,
+    mode: Annotated[str, typer.Option(help="ais (instance decoder) or amg (grid of points).")] = "ais",
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace label files that are there.")] = False,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Segment images: one label TIFF per image, under the same stem."""
+    from napari_resfinetune.inference import write_labels
+
+    with plain_errors():
+        data = _config(None, {"data": _data(images, None)}, set_).data
+        if data.images is None or output is None:
+            raise ConfigError("segment: --images and --output are both needed")
+        names = _free_names(data.images, output, overwrite, data)
+        written = []
+        segmented = api.segment_many(data.images, model=model, mode=mode, device=device, **_inference(data, set_))
+        for done, (name, found) in enumerate(segmented, 1):
+            path = output / f"{name}.tif"
+            output.mkdir(parents=True, exist_ok=True)
+            write_labels(found, path)
+            count = len(set(found.ravel().tolist()) - {0})
+            written.append({"image": name, "labels": str(path), "objects": count})
+            errors.print(f"{done} of {len(names)}: {name}, {count} objects")
+        if as_json:
+            print_json({"model": model, "mode": mode, "results": written})
+        else:
+            results.print(f"{len(written)} label images in {output}")
+
+
+@app.command()
+def evaluate(
+    images: Images = None,
+    labels: Labels = None,
+    model: Model = "vit_b_lm",
+    mode: Annotated[
+        list[str] | None, typer.Option(help="ais, amg, box or point; repeat for more. Default: ais.")
+    ] = None,
+    device: Device = "auto",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write one line per image as CSV.")] = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a model on labelled images: SA50, SA75 and mSA per image and as a mean."""
+    with plain_errors():
+        data = _config(None, {"data": _data(images, labels)}, set_).data
+        if data.images is None or data.labels is None:
+            raise ConfigError("evaluate: --images and --labels are both needed")
+        if output is not None and output.exists():
+            raise ConfigError(f"{output}: exists already and is not overwritten; name another file")
+        found = api.evaluate(
+            data.images,
+            data.labels,
+            model=model,
+            modes=tuple(mode or ["ais"]),
+            device=device,
+            on_progress=lambda done, total, name: errors.print(f"{done} of {total}: {name}"),
+            **_inference(data, set_),
+            **({"label_key": data.label_key} if data.label_key else {}),
+        )
+        if output is not None:
+            _write_rows(output, found.rows)
+        if as_json:
+            print_json(found.to_dict())
+            return
+        columns = {
+            "image": "left",
+            "mode": "left",
+            "SA50": "right",
+            "SA75": "right",
+            "mSA": "right",
+            "true": "right",
+            "found": "right",
+        }
+        rows = [
+            [
+                r.image if r.plane is None else f"{r.image} [{r.plane}]",
+                r.mode,
+                *_scores(r.sa50, r.sa75, r.msa),
+                str(r.n_true),
+                str(r.n_pred),
+            ]
+            for r in found.rows
+        ]
+        means = [
+            ["mean", name, *_scores(m["sa50"], m["sa75"], m["msa"]), "", ""] for name, m in found.to_dict().items()
+        ]
+        print_table(columns, rows + means)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for images, run and picture.")] = Path(
+        "resfinetune-demo"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Make sample images, finetune on them for a few minutes, and show what it brought. Needs no network."""
+    from napari_resfinetune.cli.demo import run_demo
+
+    with plain_errors():
+        with stop_on_interrupt() as stop:
+            outcome = run_demo(output, stop)
+        if as_json:
+            print_json(outcome)
+
+
+def _data(images: list[str] | None, labels: list[str] | None) -> dict[str, Any]:
+    named = {"images": images, "labels": labels}
+    return {name: value[0] if len(value) == 1 else value for name, value in named.items() if value}
+
+
+def _config(path: Path | None, options: Mapping[str, Any], overrides: list[str] | None) -> FinetuneConfig:
+    values = read_yaml(path) if path is not None else {}
+    return make_config(merge(values, options, parse_overrides(overrides or [])), str(path or "options"))
+
+
+def _inference(data: Any, overrides: list[str] | None) -> dict[str, Any]:
+    """Pass on only what was asked for, so that a model's own settings count otherwise."""
+    asked = parse_overrides(overrides or []).get("data", {})
+    names = ("channels", "percentiles", "patch_px", "axes", "image_key")
+    return {name: getattr(data, name) for name in names if name in asked}
+
+
+def _free_names(images: Any, output: Path, overwrite: bool, data: Any) -> list[str]:
+    from napari_resfinetune.data.pairs import find_images
+
+    names = [source.name for source in find_images(images, image_key=data.image_key, axes=data.axes)]
+    taken = [str(output / f"{name}.tif") for name in names if (output / f"{name}.tif").exists()]
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output}: is a file; --output must be a folder")
+    if taken and not overwrite:
+        raise ConfigError(
+            f"{taken[0]}: exists already ({len(taken)} such files); add --overwrite or choose another folder"
+        )
+    return names
+
+
+def _write_rows(path: Path, rows: Any) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "plane", "mode", "sa50", "sa75", "msa", "n_true", "n_pred"])
+        writer.writerows([r.image, r.plane, r.mode, r.sa50, r.sa75, r.msa, r.n_true, r.n_pred] for r in rows)
+
+
+def _scores(*values: float) -> list[str]:
+    return [f"{value:.3f}" for value in values]
+
+
+def _end(result: api.TrainResult, as_json: bool) -> None:
+    if as_json:
+        print_json(result.to_dict())
+    words = {
+        "finished": "finished",
+        "early_stopped": "stopped early, since it no longer improved",
+        "stopped": "stopped",
+    }
+    if result.status == "stopped":
+        errors.print(f"stopped; go on with: resfinetune resume {result.run_dir}")
+        raise typer.Exit(STOPPED)
+    if not as_json:
+        results.print(
+            f"{words[result.status]}: best epoch {result.best_epoch + 1}, validation {result.best_metric:.3f}, "
+            f"{_duration(result.seconds)}, peak {result.peak_memory_gb:.1f} GB"
+        )
+        results.print(f"model: {result.run_dir / 'model.pt'}")
+        results.print(f"next:  resfinetune segment --model {result.run_dir} --images FOLDER --output FOLDER")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _markup(problem: Any) -> str:
+    return str(problem).replace("[", r"\[")

@@ -1,0 +1,399 @@
+"""Automatic segmentation of planes and stacks with micro-sam's generators.
+
+Modes: "ais" grows objects from the instance decoder's distances, "apg" turns those into point prompts for the mask
+decoder (both Archit et al. 2025, doi 10.1038/s41592-024-02580-4, and micro-sam), "amg" prompts the mask decoder with a
+grid of points (Kirillov et al. 2023, https://arxiv.org/abs/2304.02643).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+import torch
+from numpy.typing import NDArray
+from scipy.ndimage import find_objects
+
+from napari_resfinetune.data.pairs import to_channels
+from napari_resfinetune.data.scaling import apply_scaling, measure_scaling
+from napari_resfinetune.data.sources import ArraySource, read_plane
+from napari_resfinetune.errors import ConfigError, DataError, ModelError
+from napari_resfinetune.inference.tiling import Tile, TileEmbedding, autocast, embed_plane, pad_to_patch, set_embedding
+from napari_resfinetune.models import SamModel, upstream
+
+Labels = NDArray[np.uint32]
+MIN_SIZE_PX = 25
+# How much of an object must be new to count as another one, when windows are joined.
+FREE_SHARE = 0.5
+FREE_SHARE_AT_RIM = 0.9
+_PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "ais": (
+        "min_size",
+        "center_distance_threshold",
+        "boundary_distance_threshold",
+        "foreground_threshold",
+        "foreground_smoothing",
+        "distance_smoothing",
+    ),
+    "apg": (
+        "min_size",
+        "center_distance_threshold",
+        "boundary_distance_threshold",
+        "foreground_threshold",
+        "multimasking",
+        "batch_size",
+        "nms_threshold",
+        "intersection_over_min",
+        "mask_threshold",
+        "refine_with_box_prompts",
+    ),
+    "amg": (
+        "min_size",
+        "points_per_side",
+        "points_per_batch",
+        "pred_iou_thresh",
+        "stability_score_thresh",
+        "box_nms_thresh",
+        "with_background",
+    ),
+}
+MODES = tuple(_PARAMETERS)
+_NEED_DECODER = ("ais", "apg")
+_GRID = ("points_per_side", "points_per_batch")
+
+
+def check_mode(mode: str, parameters: Mapping[str, Any] | None = None) -> None:
+    """Check a segmentation mode and the names of its parameters.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown mode or parameter.
+    """
+    if mode not in _PARAMETERS:
+        raise ConfigError(f"mode: found {mode!r}; expected one of {', '.join(MODES)}")
+    problems = []
+    for name in parameters or {}:
+        if name not in _PARAMETERS[mode]:
+            near = difflib.get_close_matches(name, _PARAMETERS[mode], n=1)
+            fix = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(_PARAMETERS[mode])}"
+            problems.append(f"{mode}: unknown parameter '{name}'; {fix}")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def check_decoder(model: SamModel, mode: str) -> None:
+    """Check that a model can segment in a mode.
+
+    Raises
+    ------
+    ModelError
+        When the mode needs an instance decoder and the model has none.
+    """
+    if mode in _NEED_DECODER and model.instance_decoder is None:
+        raise ModelError(
+            f"{model.name}: mode '{mode}' needs the instance decoder, which this model does not have; choose mode "
+            "'amg', a model with decoder such as vit_b_lm, or finetune this one with training.targets 'both'"
+        )
+
+
+def segment_plane(
+    model: SamModel,
+    image: NDArray[np.float32],
+    *,
+    mode: str = "ais",
+    patch_px: int = 512,
+    halo_px: int | None = None,
+    precision: torch.dtype | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> Labels:
+    """Segment one plane.
+
+    Objects are shown to the model at the size it knows from training (`plan_tiles` says how).
+
+    Parameters
+    ----------
+    model
+        A loaded model; its training mode is put back afterwards.
+    image
+        float32 "YXC" with 3 channels from 0 to 255, as `apply_scaling` gives it.
+    mode
+        "ais", "apg" or "amg".
+    patch_px
+        Side of the patches the model was trained with, in pixels.
+    halo_px
+        Least overlap of a window beyond its core, in pixels.
+    precision
+        Number format for the image encoder and the instance decoder; `None` is float32. The mask decoder always
+        computes in float32.
+    parameters
+        Of micro-sam's generator for this mode, and ``min_size`` (25), the smallest object in pixels.
+
+    Returns
+    -------
+    uint32 array "YX"
+        Consecutive ids; 0 is background. All zero when nothing was found.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown mode or parameter, or a patch smaller than two halos.
+    DataError
+        When the image does not have the shape or values it should have.
+    ModelError
+        When the mode needs an instance decoder and the model has none.
+    """
+    check_mode(mode, parameters)
+    check_decoder(model, mode)
+    check_image(image)
+    padded = pad_to_patch(image, patch_px)
+    with evaluating(model):
+        embeddings = embed_plane(model, padded, patch_px=patch_px, halo_px=halo_px, precision=precision)
+        return segment_embedded(model, image, embeddings, mode=mode, precision=precision, parameters=parameters)
+
+
+@torch.no_grad()
+def segment_embedded(
+    model: SamModel,
+    image: NDArray[np.float32],
+    embeddings: Iterable[TileEmbedding],
+    *,
+    mode: str,
+    precision: torch.dtype | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> Labels:
+    """Segment one plane whose embeddings are there; like `segment_plane` otherwise.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode, and the one that made the embeddings.
+    image
+        The plane before padding.
+    embeddings
+        Of all windows of the padded plane.
+    """
+    settings = {"min_size": MIN_SIZE_PX, **(parameters or {})}
+    shape = image.shape[:2]
+    if mode == "ais":
+        maps = _decode(model, shape, embeddings, precision)
+        segmenter = upstream.InstanceSegmentationWithDecoder(upstream.SamPredictor(model.sam), model.instance_decoder)
+        segmenter.set_state(maps)
+        return _consecutive(segmenter.generate(**settings), 0)
+    pieces = (
+        (embedding.tile, _segment_window(model, embedding, mode, precision, settings)) for embedding in embeddings
+    )
+    return _consecutive(_merge(shape, pieces), settings["min_size"])
+
+
+def segment_source(
+    model: SamModel,
+    source: ArraySource,
+    *,
+    channels: Sequence[int] | None = None,
+    percentiles: tuple[float, float] = (0.1, 99.9),
+    mode: str = "ais",
+    patch_px: int = 512,
+    halo_px: int | None = None,
+    precision: torch.dtype | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> Labels:
+    """Segment an image or, slice by slice, a stack.
+
+    Slices are segmented independently: ids are distinct over the stack, but an object that spans several slices has
+    another id in each.
+
+    Parameters
+    ----------
+    model
+        A loaded model.
+    source
+        What `open_array` gave.
+    channels
+        Which 1 to 3 channels are shown to the model.
+    percentiles
+        Intensity percentiles of the whole source that become 0 and 255.
+    mode, patch_px, halo_px, precision, parameters
+        As for `segment_plane`.
+
+    Returns
+    -------
+    uint32 array
+        "YX" for a plane; "ZYX" for a stack or time series.
+
+    Raises
+    ------
+    ConfigError, DataError, ModelError
+        As `segment_plane`, and when the source cannot be read.
+    """
+    check_mode(mode, parameters)
+    check_decoder(model, mode)
+    chosen = None if channels is None else tuple(channels)
+    scaling = measure_scaling(source, chosen, percentiles)
+    is_stack = any(axis in "ZT" for axis in source.axes)
+    planes = []
+    offset = 0
+    for plane in range(source.plane_count) if is_stack else [None]:
+        labels = segment_plane(
+            model,
+            apply_scaling(to_channels(read_plane(source, plane), chosen), scaling),
+            mode=mode,
+            patch_px=patch_px,
+            halo_px=halo_px,
+            precision=precision,
+            parameters=parameters,
+        )
+        found = int(labels.max(initial=0))
+        labels[labels > 0] += np.uint32(offset)
+        offset += found
+        planes.append(labels)
+    return np.stack(planes) if is_stack else planes[0]
+
+
+def write_labels(labels: Labels, path: str | Path) -> None:
+    """Write a label image, uint32 "YX" or "ZYX", as a compressed TIFF; a file of that name is replaced.
+
+    Raises
+    ------
+    DataError
+        When it cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        tifffile.imwrite(
+            partial,
+            labels.astype(np.uint32, copy=False),
+            compression="zlib",
+            photometric="minisblack",
+            metadata={"axes": "ZYX"[-labels.ndim :]},
+            bigtiff=labels.nbytes > 2**31,
+        )
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror or error}); choose a folder that exists "
+            "and that you may write to"
+        ) from None
+
+
+@contextmanager
+def evaluating(model: SamModel) -> Iterator[None]:
+    """Put a model in evaluation mode, and back."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def check_image(image: NDArray[np.float32]) -> None:
+    """Check a scaled plane.
+
+    Raises
+    ------
+    DataError
+        When it is not "YXC" with 3 channels of finite values from 0 to 255.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise DataError(f"image: shape {image.shape}; expected YXC with 3 channels, as to_channels gives it")
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0 and high <= 255):
+        raise DataError(f"image: values from {low:g} to {high:g}; expected 0 to 255, as apply_scaling gives them")
+
+
+def _decode(
+    model: SamModel,
+    shape: tuple[int, ...],
+    embeddings: Iterable[TileEmbedding],
+    precision: torch.dtype | None,
+) -> dict[str, NDArray[np.float32]]:
+    """Run the instance decoder on all windows and keep the cores; `shape` leaves the padding out."""
+    maps = np.zeros((3, *shape), np.float32)
+    for embedding in embeddings:
+        predicted = _decode_window(model, embedding, precision)
+        rows, columns = embedding.tile.core
+        kept = maps[:, rows, columns]
+        inner = predicted[(slice(None), *embedding.tile.core_in_window)]
+        kept[:] = inner[:, : kept.shape[1], : kept.shape[2]]
+    return {"foreground": maps[0], "center_distances": maps[1], "boundary_distances": maps[2]}
+
+
+def _decode_window(model: SamModel, embedding: TileEmbedding, precision: torch.dtype | None) -> NDArray[np.float32]:
+    with autocast(model.device, precision):
+        predicted = model.instance_decoder(embedding.features, embedding.input_size, embedding.tile.shape)
+    array: NDArray[np.float32] = predicted[0].float().cpu().numpy()
+    return array
+
+
+def _segment_window(
+    model: SamModel, embedding: TileEmbedding, mode: str, precision: torch.dtype | None, settings: Mapping[str, Any]
+) -> Labels:
+    """Segment one window with prompts, as "YX" of the window's shape."""
+    predictor = upstream.SamPredictor(model.sam)
+    set_embedding(predictor, embedding)
+    if mode == "apg":
+        segmenter = upstream.AutomaticPromptGenerator(predictor, model.instance_decoder)
+        foreground, center, boundary = _decode_window(model, embedding, precision)
+        segmenter.set_state({"foreground": foreground, "center_distances": center, "boundary_distances": boundary})
+        found: Labels = segmenter.generate(**settings)
+        return found
+    grid = {name: value for name, value in settings.items() if name in _GRID}
+    filters = {name: value for name, value in settings.items() if name not in (*_GRID, "min_size")}
+    generator = upstream.AutomaticMaskGenerator(predictor, **grid)
+    known = {"features": embedding.features, "input_size": embedding.input_size, "original_size": embedding.tile.shape}
+    # With the embedding given, the generator takes nothing but the shape from the image.
+    generator.initialize(np.zeros((*embedding.tile.shape, 3), np.uint8), image_embeddings=known)
+    labels: Labels = generator.generate(**filters)
+    return labels
+
+
+def _merge(shape: tuple[int, ...], pieces: Iterable[tuple[Tile, Labels]]) -> Labels:
+    """Join label images of overlapping windows; `shape` leaves the padding out.
+
+    Windows overlap so far that objects up to twice the halo are whole in one of them, and what is whole in one window
+    is preferred to what the rim of another window cuts.
+    """
+    found: list[tuple[bool, int, int, int, NDArray[np.bool_]]] = []
+    for tile, labels in pieces:
+        visible = labels[: shape[0] - tile.y[0], : shape[1] - tile.x[0]]
+        for number, place in enumerate(find_objects(visible.astype(np.int32)), 1):
+            if place is None:
+                continue
+            mask = visible[place] == number
+            rows, columns = place
+            at_rim = (
+                (rows.start == 0 and tile.y[0] > 0)
+                or (columns.start == 0 and tile.x[0] > 0)
+                or (rows.stop == visible.shape[0] and tile.y[1] < shape[0])
+                or (columns.stop == visible.shape[1] and tile.x[1] < shape[1])
+            )
+            area = int(np.count_nonzero(mask))
+            found.append((not at_rim, area, tile.y[0] + rows.start, tile.x[0] + columns.start, mask))
+    merged = np.zeros(shape, np.uint32)
+    # Whole before cut, then large before small: a part of an object never takes the place of more of it.
+    found.sort(key=lambda item: item[:4], reverse=True)
+    for number, (whole, area, y, x, mask) in enumerate(found, 1):
+        window = merged[y : y + mask.shape[0], x : x + mask.shape[1]]
+        free = mask & (window == 0)
+        if np.count_nonzero(free) >= area * (FREE_SHARE if whole else FREE_SHARE_AT_RIM):
+            window[free] = number
+    return merged
+
+
+def _consecutive(labels: NDArray[Any], min_size: int) -> Labels:
+    """Drop small objects and number the rest from 1."""
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    kept = counts >= min_size
+    kept[0] &= labels.min(initial=1) > 0
+    numbers = np.where(kept, np.cumsum(kept), 0).astype(np.uint32)
+    result: Labels = numbers[inverse.reshape(labels.shape)]
+    return result

@@ -1,0 +1,136 @@
+"""From what a person types as ``model`` to files on this machine, downloading them when that is what it takes."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from napari_resfinetune.errors import ModelError
+from napari_resfinetune.models import upstream
+from napari_resfinetune.models.names import (
+    ARCHITECTURES,
+    RANDOM_NAMES,
+    RANDOM_PREFIX,
+    decoder_path_in_cache,
+    known_model,
+    model_path_in_cache,
+    near_names,
+)
+from napari_resfinetune.models.weights import load_state
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """Where a model's weights are.
+
+    Attributes
+    ----------
+    path
+        The checkpoint, or `None` for freshly initialised weights.
+    decoder_path
+        The decoder's own file, if it is not inside the checkpoint.
+    name
+        The known name, the run folder's name, or the file's stem.
+    architecture
+        ``"vit_t"``, ``"vit_b"``, ``"vit_l"`` or ``"vit_h"``.
+    """
+
+    path: Path | None
+    decoder_path: Path | None
+    name: str
+    architecture: str
+
+
+def resolve_model(model: str | Path) -> ModelLocation:
+    """Find a model, and download it through micro-sam's registry if it is a known name that is not here yet.
+
+    Parameters
+    ----------
+    model
+        One of micro-sam's names; ``"random:vit_t"`` (or another architecture) for freshly initialised weights; the
+        path of a checkpoint; or a run folder, whose ``model.pt`` is meant.
+
+    Raises
+    ------
+    ModelError
+        For an unknown name, a path with no model, or a download that failed.
+    """
+    if isinstance(model, str):
+        known = known_model(model)
+        if known is not None:
+            path, decoder_path = _download(known.name)
+            return ModelLocation(path, decoder_path, known.name, known.architecture)
+        if model.startswith(RANDOM_PREFIX):
+            architecture = model.removeprefix(RANDOM_PREFIX)
+            if architecture not in ARCHITECTURES:
+                raise ModelError(f"model '{model}': unknown architecture; expected one of {', '.join(RANDOM_NAMES)}")
+            return ModelLocation(None, None, model, architecture)
+        if not Path(model).expanduser().exists() and not _looks_like_path(model):
+            raise ModelError(_unknown(model))
+    path = Path(model).expanduser()
+    name = path.resolve().name if path.is_dir() else path.stem
+    file = _in_run_folder(path) if path.is_dir() else path
+    return ModelLocation(file, None, name, load_state(file).architecture)
+
+
+def _in_run_folder(folder: Path) -> Path:
+    file = folder / "model.pt"
+    if file.is_file():
+        return file
+    if (folder / "checkpoints" / "best").exists() or (folder / "checkpoints" / "latest").exists():
+        raise ModelError(
+            f"{folder}: the run was not finished, there is no model.pt yet; run 'resfinetune resume {folder}'"
+        )
+    raise ModelError(f"{folder}: no model.pt in it; expected a run folder or the path of a checkpoint file")
+
+
+def _looks_like_path(model: str) -> bool:
+    return "/" in model or "\\" in model or Path(model).suffix.lower() in {".pt", ".pth", ".safetensors", ".ckpt"}
+
+
+def _unknown(model: str) -> str:
+    near = near_names(model)
+    hint = f"did you mean {' or '.join(repr(name) for name in near)}? " if near else ""
+    return (
+        f"model '{model}': not a known name and no such file; {hint}'resfinetune models' lists the names, "
+        "or give the path of a checkpoint or run folder"
+    )
+
+
+def _download(name: str) -> tuple[Path, Path | None]:
+    registry: Any = upstream.models()
+    decoder_path = decoder_path_in_cache(name)
+    wanted = [name] if decoder_path is None else [name, f"{name}_decoder"]
+    for position, file in enumerate(wanted):
+        try:
+            registry.fetch(file, progressbar=True)
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # requests' errors are OSErrors, a wrong checksum a ValueError
+            _log.debug("download of %s failed", file, exc_info=True)
+            raise ModelError(_say_download(name, wanted[position:], registry, error)) from None
+    return model_path_in_cache(name), decoder_path
+
+
+def _say_download(name: str, missing: list[str], registry: Any, error: Exception) -> str:
+    folder = model_path_in_cache(name).parent
+    steps = " and ".join(f"download {registry.get_url(file)} and save it as {folder / file}" for file in missing)
+    stale = " (the file that is there is incomplete or of another version)" if (folder / missing[0]).exists() else ""
+    return (
+        f"model '{name}': cannot be downloaded{stale}: {_reason(error)}. Without network here: {steps} (no suffix; the "
+        "environment variable MICROSAM_CACHEDIR moves the folder above 'models'), or give the path of any checkpoint "
+        "on this machine as model, or model 'random:vit_t' to start from untrained weights"
+    )
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "resolve" in text or "Max retries" in text or "timed out" in text or "Connection" in type(error).__name__:
+        return "the server cannot be reached"
+    return text[:200] or type(error).__name__

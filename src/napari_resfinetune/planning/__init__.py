@@ -1,0 +1,34 @@
+"""Floor 2: what the machine has, and how a run fits into it."""
+
+from napari_resfinetune.planning.hardware import Gpu, Hardware, environment_report, pick_device, probe_hardware
+from napari_resfinetune.planning.memory import (
+    MemoryGauge,
+    MemoryReading,
+    gpu_memory_gb,
+    peak_memory_gb,
+    process_memory_gb,
+)
+from napari_resfinetune.planning.precision import PrecisionChoice, choose_precision
+from napari_resfinetune.planning.presets import PRESETS, Preset, auto_preset, get_preset, preset_fits
+from napari_resfinetune.planning.report import doctor_report
+
+__all__ = [
+    "Gpu",
+    "Hardware",
+    "probe_hardware",
+    "pick_device",
+    "environment_report",
+    "doctor_report",
+    "PrecisionChoice",
+    "choose_precision",
+    "PRESETS",
+    "Preset",
+    "auto_preset",
+    "get_preset",
+    "preset_fits",
+    "MemoryGauge",
+    "MemoryReading",
+    "gpu_memory_gb",
+    "peak_memory_gb",
+    "process_memory_gb",
+]

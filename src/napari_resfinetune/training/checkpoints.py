@@ -1,0 +1,192 @@
+"""Checkpoints that no crash leaves half-written, and a run that continues exactly where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from napari_resfinetune.errors import ModelError, ResourceError
+from napari_resfinetune.models import SamModel
+from napari_resfinetune.models.weights import load_safetensors, save_safetensors
+
+FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """Where a run stands; the only thing about it that changes besides weights and optimizer.
+
+    Attributes
+    ----------
+    epoch, step
+        The next step to take.
+    loss_sum
+        Sum of the training losses of this epoch so far.
+    best_metric, best_epoch
+        Lowest validation metric so far and its epoch.
+    seconds
+        Time spent training, over all sessions.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    best_metric: float = math.inf
+    best_epoch: int = -1
+    seconds: float = 0.0
+
+
+def save_checkpoint(
+    folder: Path,
+    model: SamModel,
+    progress: Progress,
+    optimizer: Optimizer | None = None,
+    scheduler: ReduceLROnPlateau | None = None,
+    scaler: GradScaler | None = None,
+) -> None:
+    """Write a checkpoint beside `folder`, then put it in its place.
+
+    Parameters
+    ----------
+    folder
+        ``checkpoints/latest`` or another name; replaced as a whole.
+    optimizer, scheduler, scaler
+        What training needs to go on; without them the checkpoint serves prediction only.
+
+    Raises
+    ------
+    ResourceError
+        When it cannot be written; the checkpoint before it stays.
+    """
+    new = folder.with_name(f".{folder.name}.new")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        save_safetensors(new / "model.safetensors", model.sam.state_dict())
+        if model.instance_decoder is not None:
+            save_safetensors(new / "instance_decoder.safetensors", model.instance_decoder.state_dict())
+        state: dict[str, Any] = {"format": FORMAT, "architecture": model.architecture, **dataclasses.asdict(progress)}
+        if not math.isfinite(progress.best_metric):
+            state["best_metric"] = None
+        if optimizer is not None and scheduler is not None:
+            state["scheduler"] = scheduler.state_dict()
+            torch.save(
+                {
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict() if scaler is not None else None,
+                    "torch_rng": torch.get_rng_state(),
+                },
+                new / "optimizer.pt",
+            )
+        (new / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        _replace(folder, new)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise ResourceError(
+            f"{folder}: the checkpoint could not be written ({error.strerror or error}); "
+            "free disk space or choose another output folder, then resume"
+        ) from error
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the whole checkpoint called `folder`, also when a crash fell between its two renames."""
+    for candidate in (folder, _old(folder)):
+        if (candidate / "state.json").is_file():
+            return candidate
+    return None
+
+
+def load_weights(folder: Path, model: SamModel) -> None:
+    """Load the weights of a checkpoint into a model of the same architecture.
+
+    Raises
+    ------
+    ModelError
+        When files are missing or damaged, or of another architecture.
+    """
+    state = read_state(folder)
+    if state["architecture"] != model.architecture:
+        raise ModelError(f"{folder}: holds {state['architecture']}, but the run is set to {model.architecture}")
+    parts: list[tuple[str, torch.nn.Module | None]] = [
+        ("model.safetensors", model.sam),
+        ("instance_decoder.safetensors", model.instance_decoder),
+    ]
+    for name, module in parts:
+        if module is None:
+            continue
+        try:
+            module.load_state_dict(load_safetensors(folder / name))
+        except RuntimeError as error:
+            raise ModelError(f"{folder / name}: does not fit this model ({str(error).splitlines()[0]})") from None
+
+
+def load_training(
+    folder: Path, optimizer: Optimizer, scheduler: ReduceLROnPlateau, scaler: GradScaler | None
+) -> Progress:
+    """Load what training needs to go on, and return where it stood.
+
+    Raises
+    ------
+    ModelError
+        When the checkpoint is damaged or was written for prediction only.
+    """
+    state = read_state(folder)
+    path = folder / "optimizer.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        if scaler is not None and saved["scaler"] is not None:
+            scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["torch_rng"])
+    except FileNotFoundError:
+        raise ModelError(f"{path}: missing, so the run cannot go on; start a new run from this model") from None
+    except Exception as error:
+        raise ModelError(f"{path}: cannot be read ({error}); start a new run from checkpoints/best") from error
+    fields = {field.name: state[field.name] for field in dataclasses.fields(Progress)}
+    if fields["best_metric"] is None:
+        fields["best_metric"] = math.inf
+    return Progress(**fields)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read ``state.json``.
+
+    Raises
+    ------
+    ModelError
+        When it is missing or damaged.
+    """
+    path = folder / "state.json"
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}); the checkpoint is damaged") from None
+    if state.get("format") != FORMAT:
+        raise ModelError(f"{path}: format {state.get('format')}; this version reads format {FORMAT}")
+    return state
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put `new` in the place of `folder`. At every moment one of the two names holds a whole checkpoint."""
+    old = _old(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)

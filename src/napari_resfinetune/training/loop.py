@@ -1,0 +1,326 @@
+"""The training loop: a generator of events that can be stopped and continued at every step."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch.amp import GradScaler
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+from napari_resfinetune.config import FinetuneConfig, TrainingConfig
+from napari_resfinetune.data.patches import Patch, TrainingPatches, ValidationPatches
+from napari_resfinetune.errors import TrainingError
+from napari_resfinetune.events import Checkpointed, EpochEnded, Event, Finished, Started, Status, Step, StopToken
+from napari_resfinetune.models import SamModel, save_model
+from napari_resfinetune.planning.memory import peak_memory_gb, process_memory_gb
+from napari_resfinetune.training.checkpoints import (
+    Progress,
+    find_checkpoint,
+    load_training,
+    load_weights,
+    save_checkpoint,
+)
+from napari_resfinetune.training.prompts import PromptPlan, plan_training_prompts, plan_validation_prompts
+from napari_resfinetune.training.run_folder import RunFolder
+from napari_resfinetune.training.step import Losses, StepSettings, backward_sample, validate_sample
+
+# Weight of the instance decoder's loss in the validation metric, as in micro-sam.
+INSTANCE_METRIC_WEIGHT = 1 / 3
+SAM_INPUT_PX = 1024
+# First words of the random streams, so that patches, prompts and validation never share numbers.
+PROMPT_STREAM, VALIDATION_STREAM = 3, 4
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Everything that a training run works on.
+
+    Attributes
+    ----------
+    config
+        What was asked.
+    run
+        Where results go.
+    model
+        On its device, with `requires_grad` set by the strategy.
+    training, validation
+        Patches.
+    settings
+        How a step is computed.
+    objects
+        At most this many objects of a patch are prompted in a step.
+    use_scaler
+        Whether losses are scaled (float16).
+    workers
+        Processes that load patches; 0 loads in this one.
+    """
+
+    config: FinetuneConfig
+    run: RunFolder
+    model: SamModel
+    training: TrainingPatches
+    validation: ValidationPatches
+    settings: StepSettings
+    objects: int
+    use_scaler: bool = False
+    workers: int = 0
+
+
+class Trainer:
+    """Trains a model and says what happens.
+
+    Parameters
+    ----------
+    job
+        What to work on.
+    resume
+        Continue from ``checkpoints/latest`` when there is one.
+    """
+
+    def __init__(self, job: TrainingJob, *, resume: bool = False) -> None:
+        self.job = job
+        self.device = next(job.model.parameters()).device
+        self.plan: TrainingConfig = job.config.training
+        self.steps_per_epoch = math.ceil(self.plan.samples_per_epoch / self.plan.batch_size)
+        self.with_masks = self.plan.targets in ("both", "masks")
+        self.with_instances = self.plan.targets in ("both", "instances")
+        parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
+        self.optimizer = AdamW(parameters, lr=self.plan.learning_rate)
+        self.scheduler = ReduceLROnPlateau(
+            self.optimizer, mode="min", factor=self.plan.plateau_factor, patience=self.plan.plateau_patience
+        )
+        self.scaler = GradScaler(self.device.type) if job.use_scaler else None
+        self.progress = Progress()
+        latest = find_checkpoint(job.run.latest) if resume else None
+        if latest is not None:
+            load_weights(latest, job.model)
+            self.progress = load_training(latest, self.optimizer, self.scheduler, self.scaler)
+
+    def run(self, stop: StopToken) -> Iterator[Event]:
+        """Train until the last epoch, early stopping, or a request to stop; then write ``model.pt``.
+
+        Raises
+        ------
+        TrainingError
+            When the loss is no longer a number.
+        """
+        progress, before = self.progress, self.progress.seconds
+        started = time.monotonic()
+        yield self._started()
+        status: Status = "stopped"
+        if progress.epoch >= self.plan.epochs:
+            status = "finished"
+        else:
+            for batch in self._loader():
+                if stop.stopped:
+                    yield self._save("latest")
+                    break
+                yield self._train_step(batch)
+                progress.seconds = before + time.monotonic() - started
+                if progress.step < self.steps_per_epoch:
+                    continue
+                yield from self._end_epoch()
+                if progress.epoch >= self.plan.epochs:
+                    status = "finished"
+                    break
+                patience = self.plan.early_stopping
+                if patience is not None and progress.epoch - 1 - progress.best_epoch >= patience:
+                    status = "early_stopped"
+                    break
+        self.write_best()
+        yield Finished(
+            status=status,
+            best_epoch=progress.best_epoch,
+            best_metric=progress.best_metric,
+            peak_memory_gb=peak_memory_gb(),
+            seconds=progress.seconds,
+        )
+
+    def write_best(self) -> Path | None:
+        """Write the best checkpoint as ``model.pt``; without one yet there is nothing to write."""
+        best = find_checkpoint(self.job.run.best)
+        if best is None:
+            return None
+        load_weights(best, self.job.model)
+        data = self.job.config.data
+        # A patch of this size has the scale of objects that the model was trained at when it fills SAM's whole input.
+        patch_px = data.patch_px * SAM_INPUT_PX // self.plan.input_px
+        meta = {
+            "start_model": self.job.config.model,
+            "strategy": self.job.config.strategy.kind,
+            "best_epoch": self.progress.best_epoch,
+            "patch_px": patch_px,
+            "percentiles": list(data.percentiles),
+            **({"channels": list(data.channels)} if data.channels is not None else {}),
+        }
+        save_model(self.job.run.model, self.job.model, meta)
+        return self.job.run.model
+
+    def _started(self) -> Started:
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.job.model.parameters()]
+        autocast = self.job.settings.autocast
+        return Started(
+            run_dir=str(self.job.run.path),
+            device=str(self.device),
+            precision=str(autocast).removeprefix("torch.") if autocast is not None else "float32",
+            epochs=self.plan.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            epoch=self.progress.epoch,
+            step=self.progress.step,
+            trainable_parameters=sum(count for count, learns in counts if learns),
+            total_parameters=sum(count for count, _ in counts),
+        )
+
+    def _loader(self) -> DataLoader[Patch]:
+        return DataLoader(
+            self.job.training,
+            batch_sampler=_Batches(self.progress, self.plan, self.steps_per_epoch),
+            num_workers=self.job.workers,
+            collate_fn=list,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _train_step(self, batch: Sequence[Patch]) -> Step:
+        started = time.monotonic()
+        progress = self.progress
+        self.job.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        step = progress.epoch * self.steps_per_epoch + progress.step
+        losses = [
+            backward_sample(
+                self.job.model,
+                patch,
+                self._training_prompts(patch, step),
+                self.job.settings,
+                train_instances=self.with_instances,
+                weight=1 / len(batch),
+                scaler=self.scaler,
+            )
+            for patch in batch
+        ]
+        loss = _mean([sample.total for sample in losses])
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"epoch {progress.epoch}, step {progress.step}: the loss is no longer a number; "
+                "lower training.learning_rate or set resources.precision=fp32, then resume from the last checkpoint"
+            )
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        event = Step(
+            epoch=progress.epoch,
+            step=progress.step,
+            loss=loss,
+            mask_loss=_mean_part(losses, "mask"),
+            iou_loss=_mean_part(losses, "iou"),
+            instance_loss=_mean_part(losses, "instance"),
+            seconds=time.monotonic() - started,
+            memory_gb=process_memory_gb(),
+        )
+        progress.step += 1
+        progress.loss_sum += loss
+        return event
+
+    def _end_epoch(self) -> Iterator[Event]:
+        progress, started = self.progress, time.monotonic()
+        metric, mask, instance = self._validate()
+        self.scheduler.step(metric)
+        improved = metric < progress.best_metric
+        if improved:
+            progress.best_metric, progress.best_epoch = metric, progress.epoch
+        ended = EpochEnded(
+            epoch=progress.epoch,
+            train_loss=progress.loss_sum / self.steps_per_epoch,
+            metric=metric,
+            mask_metric=mask,
+            instance_metric=instance,
+            best_metric=progress.best_metric,
+            best_epoch=progress.best_epoch,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            seconds=progress.seconds + time.monotonic() - started,
+            peak_memory_gb=peak_memory_gb(),
+        )
+        progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
+        yield ended
+        if improved:
+            yield self._save("best")
+        yield self._save("latest")
+        if self.plan.keep_every and progress.epoch % self.plan.keep_every == 0:
+            kept = f"epoch-{ended.epoch:04d}"
+            shutil.copytree(self.job.run.latest, self.job.run.latest.with_name(kept), dirs_exist_ok=True)
+            yield Checkpointed(str(self.job.run.latest.with_name(kept)), kept, ended.epoch)
+
+    def _validate(self) -> tuple[float, float | None, float | None]:
+        """Return the metric, the mean dice error of the masks and the mean loss of the instance decoder."""
+        self.job.model.eval()
+        losses = []
+        for index in range(len(self.job.validation)):
+            patch = self.job.validation[index]
+            rng = np.random.default_rng([self.plan.seed, VALIDATION_STREAM, index])
+            prompts = (
+                plan_validation_prompts(patch.labels, rng, index=index, objects=self.job.objects)
+                if self.with_masks
+                else None
+            )
+            losses.append(
+                validate_sample(self.job.model, patch, prompts, self.job.settings, with_instances=self.with_instances)
+            )
+        mask, instance = _mean_part(losses, "mask"), _mean_part(losses, "instance")
+        if mask is None or instance is None:
+            return (mask if mask is not None else instance) or 0.0, mask, instance
+        return mask + INSTANCE_METRIC_WEIGHT * instance, mask, instance
+
+    def _training_prompts(self, patch: Patch, step: int) -> PromptPlan | None:
+        if not self.with_masks:
+            return None
+        return plan_training_prompts(
+            patch.labels,
+            np.random.default_rng([self.plan.seed, PROMPT_STREAM, patch.number]),
+            step=step,
+            objects=self.job.objects,
+            sub_iterations=self.plan.sub_iterations,
+            mask_prompt_probability=self.plan.mask_prompt_probability,
+        )
+
+    def _save(self, name: str) -> Checkpointed:
+        folder = self.job.run.path / "checkpoints" / name
+        if name == "best":
+            save_checkpoint(folder, self.job.model, self.progress)
+        else:
+            save_checkpoint(folder, self.job.model, self.progress, self.optimizer, self.scheduler, self.scaler)
+        return Checkpointed(str(folder), name, self.progress.epoch)
+
+
+class _Batches:
+    """Indices of the patches of every step from where a run stands to its last epoch."""
+
+    def __init__(self, progress: Progress, plan: TrainingConfig, steps_per_epoch: int) -> None:
+        self.first = (progress.epoch, progress.step)
+        self.plan = plan
+        self.steps_per_epoch = steps_per_epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        samples, size = self.plan.samples_per_epoch, self.plan.batch_size
+        epoch, step = self.first
+        for e in range(epoch, self.plan.epochs):
+            for s in range(step if e == epoch else 0, self.steps_per_epoch):
+                yield [e * samples + i for i in range(s * size, min((s + 1) * size, samples))]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _mean_part(losses: Sequence[Losses], part: str) -> float | None:
+    values = [getattr(sample, part) for sample in losses]
+    return None if values[0] is None else _mean(values)

@@ -1,0 +1,228 @@
+"""From a configuration to a training job: data, split, device, precision, model."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from napari_resfinetune.config import FinetuneConfig
+from napari_resfinetune.data.doctor import CheckReport, check_pairs
+from napari_resfinetune.data.pairs import Pair, Pairs, find_pairs
+from napari_resfinetune.data.patches import TrainingPatches, ValidationPatches, measure_scalings
+from napari_resfinetune.data.scaling import Scaling
+from napari_resfinetune.data.split import Split, split_pairs, whole_regions
+from napari_resfinetune.errors import ConfigError
+from napari_resfinetune.models import ModelLocation, TrainableReport, apply_strategy, load_model
+from napari_resfinetune.planning import (
+    Hardware,
+    PrecisionChoice,
+    auto_preset,
+    choose_precision,
+    get_preset,
+    pick_device,
+)
+from napari_resfinetune.training.loop import TrainingJob
+from napari_resfinetune.training.run_folder import RunFolder
+from napari_resfinetune.training.step import StepSettings
+
+DEFAULT_OBJECTS = 10
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """Checked and split training data."""
+
+    pairs: tuple[Pair, ...]
+    split: Split
+    report: CheckReport
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How this machine will run the job, in plain values."""
+
+    preset: str
+    device: str
+    precision: PrecisionChoice
+    workers: int
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for `plan.json`."""
+        return {
+            "preset": self.preset,
+            "device": self.device,
+            "precision": self.precision.name,
+            "precision_reason": self.precision.reason,
+            "workers": self.workers,
+            "notes": list(self.notes),
+        }
+
+
+def open_data(config: FinetuneConfig, images: Any = None, labels: Any = None) -> OpenedData:
+    """Find, check and split the data of a configuration.
+
+    Parameters
+    ----------
+    config
+        Names the data, unless `images` and `labels` are given.
+    images, labels
+        Folders, globs, paths or arrays.
+
+    Raises
+    ------
+    ConfigError
+        When there is no data to look at.
+    DataError
+        With every problem that stops training.
+    """
+    data = config.data
+    images = images if images is not None else data.images
+    labels = labels if labels is not None else data.labels
+    if images is None or labels is None:
+        missing = " and ".join(name for name, value in (("images", images), ("labels", labels)) if value is None)
+        raise ConfigError(
+            f"{missing}: not given; name a folder, a glob or files, as in --images cells/ --labels masks/"
+        )
+    options: Mapping[str, Any] = {
+        "image_key": data.image_key,
+        "label_key": data.label_key,
+        "axes": data.axes,
+        "channels": data.channels,
+    }
+    found = find_pairs(images, labels, **options)
+    if data.validation_images is None:
+        report = check_pairs(found, patch_px=data.patch_px, min_object_px=data.min_object_px)
+        report.raise_for_errors()
+        split = split_pairs(
+            found.pairs,
+            validation_fraction=data.validation_fraction,
+            max_images=data.max_images,
+            seed=config.training.seed,
+        )
+        return OpenedData(found.pairs, split, report)
+    held_out = find_pairs(data.validation_images, data.validation_labels, **options)
+    both = Pairs(found.pairs + held_out.pairs, found.problems + held_out.problems)
+    report = check_pairs(both, patch_px=data.patch_px, min_object_px=data.min_object_px)
+    report.raise_for_errors()
+    _refuse_shared_images(found, held_out)
+    count = len(found.pairs) if data.max_images is None else min(data.max_images, len(found.pairs))
+    split = Split(
+        "given",
+        whole_regions(both.pairs, range(count)),
+        whole_regions(both.pairs, range(len(found.pairs), len(both.pairs))),
+        f"{count} images to train on, {len(held_out.pairs)} held out, as given",
+    )
+    return OpenedData(both.pairs, split, report)
+
+
+def choose_setup(config: FinetuneConfig, hardware: Hardware) -> Setup:
+    """Choose device, number format and loader processes for this machine.
+
+    Raises
+    ------
+    ResourceError
+        When the configuration asks for what the machine does not have.
+    """
+    device, notes = pick_device(config.resources.device, hardware)
+    precision = choose_precision(config.resources.precision, device, hardware)
+    preset = config.resources.preset
+    return Setup(
+        preset=auto_preset(hardware, device) if preset == "auto" else preset,
+        device=device,
+        precision=precision,
+        workers=_workers(config, device),
+        notes=tuple(notes),
+    )
+
+
+def settle(config: FinetuneConfig, setup: Setup, model: ModelLocation) -> FinetuneConfig:
+    """Fill in what the preset decides, so that the run folder's configuration runs alike anywhere."""
+    if config.training.objects is not None:
+        return config
+    objects = get_preset(setup.preset).objects.get(model.architecture, DEFAULT_OBJECTS)
+    return config.model_copy(update={"training": config.training.model_copy(update={"objects": objects})})
+
+
+def make_job(
+    config: FinetuneConfig, run: RunFolder, data: OpenedData, setup: Setup
+) -> tuple[TrainingJob, TrainableReport, dict[int, Scaling]]:
+    """Load the model and put a job together.
+
+    Returns
+    -------
+    job
+        Ready for `Trainer`.
+    report
+        Which parts learn.
+    scalings
+        Intensity scaling of each image, by index.
+
+    Raises
+    ------
+    ModelError
+        When the model cannot be loaded.
+    """
+    if config.resources.threads is not None:
+        torch.set_num_threads(config.resources.threads)
+    targets = config.training.targets
+    torch.manual_seed(config.training.seed)
+    model = load_model(
+        config.model, decoder="none" if targets == "masks" else "new", device=setup.device, seed=config.training.seed
+    )
+    report = apply_strategy(model, config.strategy, targets)
+    split = data.split
+    scalings = measure_scalings(data.pairs, split.train + split.validation, config.data)
+    training = TrainingPatches(
+        data.pairs,
+        split.train,
+        config.data,
+        samples_per_epoch=config.training.samples_per_epoch,
+        seed=config.training.seed,
+        scalings=scalings,
+        with_targets=targets != "masks",
+    )
+    validation = ValidationPatches(
+        data.pairs, split.validation, config.data, scalings=scalings, with_targets=targets != "masks"
+    )
+    settings = StepSettings(
+        autocast=DTYPES[setup.precision.name],
+        object_chunk=config.resources.object_chunk,
+        input_px=config.training.input_px,
+    )
+    job = TrainingJob(
+        config,
+        run,
+        model,
+        training,
+        validation,
+        settings,
+        objects=config.training.objects or DEFAULT_OBJECTS,
+        use_scaler=setup.precision.scaler,
+        workers=setup.workers,
+    )
+    return job, report, scalings
+
+
+def _refuse_shared_images(training: Pairs, held_out: Pairs) -> None:
+    paths = {pair.image.path.resolve() for pair in training.pairs if pair.image.path is not None}
+    shared = [p.image.path for p in held_out.pairs if p.image.path is not None and p.image.path.resolve() in paths]
+    if shared:
+        raise ConfigError(
+            *(f"{path}: is both a training and a held-out image; remove it from one of the two" for path in shared)
+        )
+
+
+def _workers(config: FinetuneConfig, device: str) -> int:
+    """Loader processes: none where each would cost a fresh interpreter, or where the CPU does the training itself."""
+    if config.resources.workers is not None:
+        return config.resources.workers
+    if device == "cpu" or platform.system() != "Linux":
+        return 0
+    return min(4, (os.cpu_count() or 1) // 2)

@@ -1,0 +1,176 @@
+"""The folder of a run: what was asked, what happened, and what came out of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from napari_resfinetune.config import FinetuneConfig, read_config, write_config
+from napari_resfinetune.errors import ConfigError, ResourceError
+from napari_resfinetune.events import EpochEnded, Event
+
+METRICS = (
+    "epoch",
+    "train_loss",
+    "metric",
+    "mask_metric",
+    "instance_metric",
+    "learning_rate",
+    "seconds",
+    "peak_memory_gb",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a run folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The configuration as it was run."""
+        return self.path / "config.yaml"
+
+    @property
+    def latest(self) -> Path:
+        """The checkpoint to continue from."""
+        return self.path / "checkpoints" / "latest"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the best validation metric."""
+        return self.path / "checkpoints" / "best"
+
+    @property
+    def model(self) -> Path:
+        """The best model as micro-sam reads it."""
+        return self.path / "model.pt"
+
+    @property
+    def events(self) -> Path:
+        """Everything that happened, one JSON object a line."""
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """One line an epoch."""
+        return self.path / "metrics.csv"
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file whole or not at all."""
+        new = self.path / f".{name}.new"
+        new.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(new, self.path / name)
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output folder that holds something, or cannot be written.
+
+    Raises
+    ------
+    ConfigError
+        With what is there, and what to do.
+    """
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output}: is a file; output must be a new or empty folder")
+    if output.is_dir() and any(output.iterdir()):
+        hint = " or go on with: resfinetune resume" if (output / "config.yaml").is_file() else ""
+        raise ConfigError(
+            f"{output}: already holds files, and nothing is overwritten; choose another output folder{hint}"
+        )
+    parent = next((folder for folder in (output, *output.absolute().parents) if folder.exists()), Path("/"))
+    if not os.access(parent, os.W_OK):
+        raise ConfigError(f"{output}: {parent} cannot be written to; choose another output folder")
+
+
+def create_run(output: Path, config: FinetuneConfig) -> RunFolder:
+    """Make the folder and write the configuration.
+
+    Raises
+    ------
+    ConfigError
+        When the folder holds something already.
+    ResourceError
+        When it cannot be made.
+    """
+    check_output(output)
+    run = RunFolder(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_config(config, run.config)
+    except OSError as error:
+        raise ResourceError(f"{output}: cannot be written ({error.strerror}); choose another output folder") from None
+    return run
+
+
+def open_run(path: Path) -> tuple[RunFolder, FinetuneConfig]:
+    """Open an existing run folder.
+
+    Raises
+    ------
+    ConfigError
+        When there is no run, or its configuration cannot be read.
+    """
+    run = RunFolder(path)
+    if not run.config.is_file():
+        raise ConfigError(f"{path}: not a run folder (no config.yaml in it); give the folder that train wrote")
+    return run, read_config(run.config)
+
+
+class RunLog:
+    """Writes events as they come: ``events.jsonl``, ``metrics.csv`` and TensorBoard.
+
+    Parameters
+    ----------
+    run
+        Where to.
+    first_epoch
+        Rows of this epoch and later are dropped from ``metrics.csv``, since a resumed run writes them again.
+    """
+
+    def __init__(self, run: RunFolder, first_epoch: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._events = run.events.open("a", encoding="utf-8")
+        self._metrics_path = run.metrics
+        rows = [row for row in _read_rows(run.metrics) if int(row["epoch"]) < first_epoch]
+        _write_rows(run.metrics, rows)
+        self._tensorboard = SummaryWriter(run.path / "tensorboard")
+
+    def __call__(self, event: Event) -> None:
+        """Write one event."""
+        self._events.write(json.dumps(event.to_dict(), ensure_ascii=False) + "\n")
+        self._events.flush()
+        if isinstance(event, EpochEnded):
+            row = {name: getattr(event, name) for name in METRICS}
+            with self._metrics_path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, METRICS).writerow(row)
+            for name, value in row.items():
+                if name != "epoch" and value is not None:
+                    self._tensorboard.add_scalar(name, value, event.epoch)
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._events.close()
+        self._tensorboard.close()
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["epoch"].isdigit()]
+
+
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, METRICS)
+        writer.writeheader()
+        writer.writerows(rows)

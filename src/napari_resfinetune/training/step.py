@@ -1,0 +1,236 @@
+"""The training step: SAM's losses on one sample, with gradients streamed through the decoders.
+
+The image encoder runs once. Its embedding is cut off as a leaf, each decoder runs forward and backward on its own (the
+mask decoder round by round and chunk of objects by chunk of objects), and the gradient that has gathered on the leaf
+goes through the encoder at the end. Gradients are those of one backward through the whole graph, since a sum's gradient
+is the sum of the gradients and prompts are drawn without gradient; memory is that of one round of one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+from napari_resfinetune.data.patches import Patch
+from napari_resfinetune.models import SamModel
+from napari_resfinetune.models.attention import encode
+from napari_resfinetune.models.instance_decoder import run_instance_decoder
+from napari_resfinetune.models.mask_decoder import embed_prompts, predict_masks
+from napari_resfinetune.models.preprocess import scale_boxes, scale_coords, to_model_input
+from napari_resfinetune.training.losses import instance_loss, low_res_mask_loss, upsample_masks
+from napari_resfinetune.training.prompts import PromptPlan, Prompts, next_points
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step is computed. None of these changes its gradients beyond rounding.
+
+    Attributes
+    ----------
+    autocast
+        Number format of the activations; `None` is float32.
+    object_chunk
+        Objects sent through the mask decoder at once; `None` is all of them.
+    checkpoint_encoder, checkpoint_instance_decoder
+        Keep fewer activations and compute them again in the backward pass.
+    folded_attention
+        Send relative positions through the attention kernel as extra columns.
+    input_px
+        Side of the square that a patch is resized to: 1024 for the whole field of view of SAM, less for a part of it,
+        its upper left corner, with the position encodings of that part.
+    """
+
+    autocast: torch.dtype | None = None
+    object_chunk: int | None = None
+    checkpoint_encoder: bool = False
+    checkpoint_instance_decoder: bool = False
+    folded_attention: bool = True
+    input_px: int = 1024
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of one sample; `None` where a part is not trained."""
+
+    mask: float | None
+    iou: float | None
+    instance: float | None
+
+    @property
+    def total(self) -> float:
+        """Sum of the parts, which is what is minimised."""
+        return sum(part for part in (self.mask, self.iou, self.instance) if part is not None)
+
+
+def backward_sample(
+    model: SamModel,
+    patch: Patch,
+    plan: PromptPlan | None,
+    settings: StepSettings,
+    *,
+    train_instances: bool,
+    weight: float = 1.0,
+    scaler: GradScaler | None = None,
+) -> Losses:
+    """Add the gradient of one sample's loss to the model's trainable parameters.
+
+    Parameters
+    ----------
+    model
+        In training mode, on its device.
+    patch
+        The sample.
+    plan
+        Prompts for the mask decoder's loss; `None` leaves it out.
+    settings
+        How to compute.
+    train_instances
+        Whether the instance decoder's loss is part of the sum.
+    weight
+        Factor on all losses, one over the number of samples in an optimizer step.
+    scaler
+        Multiplies losses before the backward pass (float16).
+
+    Returns
+    -------
+    Losses
+        Unweighted.
+    """
+    device = next(model.parameters()).device
+    encoder_learns = any(parameter.requires_grad for parameter in model.sam.image_encoder.parameters())
+
+    def backward(loss: Tensor) -> None:
+        loss = loss * weight
+        (scaler.scale(loss) if scaler is not None else loss).backward()
+
+    with _autocast(device, settings):
+        images, input_size = to_model_input(patch.image[None].to(device, non_blocking=True), settings.input_px)
+        embedding = encode(
+            model.sam.image_encoder,
+            images,
+            checkpoint_blocks=settings.checkpoint_encoder,
+            folded=settings.folded_attention,
+        )
+    leaf = embedding.detach().requires_grad_(encoder_learns)
+    instance = None
+    if train_instances:
+        with _autocast(device, settings):
+            loss = instance_part(model, leaf, patch, input_size, settings)
+        backward(loss)
+        instance = loss.item()
+        del loss
+    mask = iou = None
+    if plan is not None:
+        mask = iou = 0.0
+        for mask_loss, iou_loss in mask_part(model, leaf, plan, input_size, settings):
+            backward(mask_loss + iou_loss)
+            mask += mask_loss.item()
+            iou += iou_loss.item()
+    if encoder_learns and leaf.grad is not None:
+        embedding.backward(leaf.grad)
+    return Losses(mask, iou, instance)
+
+
+@torch.no_grad()
+def validate_sample(
+    model: SamModel, patch: Patch, plan: PromptPlan | None, settings: StepSettings, *, with_instances: bool
+) -> Losses:
+    """Compute the losses of one sample without gradients; the model is in evaluation mode."""
+    device = next(model.parameters()).device
+    with _autocast(device, settings):
+        images, input_size = to_model_input(patch.image[None].to(device), settings.input_px)
+        embedding = encode(model.sam.image_encoder, images, folded=settings.folded_attention)
+        instance = instance_part(model, embedding, patch, input_size, settings).item() if with_instances else None
+    mask = iou = None
+    if plan is not None:
+        parts = list(mask_part(model, embedding, plan, input_size, settings))
+        mask = sum(mask_loss.item() for mask_loss, _ in parts)
+        iou = sum(iou_loss.item() for _, iou_loss in parts)
+    return Losses(mask, iou, instance)
+
+
+def instance_part(
+    model: SamModel, embedding: Tensor, patch: Patch, input_size: tuple[int, int], settings: StepSettings
+) -> Tensor:
+    """Return the loss of foreground and distance maps: dice on the foreground, squared error on the distances."""
+    original_size = (patch.image.shape[-2], patch.image.shape[-1])
+    prediction = run_instance_decoder(
+        model.instance_decoder,
+        embedding,
+        input_size,
+        original_size,
+        checkpoint=settings.checkpoint_instance_decoder and torch.is_grad_enabled(),
+    )
+    return instance_loss(prediction.float(), patch.targets[None].to(prediction.device, non_blocking=True))
+
+
+def mask_part(
+    model: SamModel, embedding: Tensor, plan: PromptPlan, input_size: tuple[int, int], settings: StepSettings
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield mask and IoU loss per round and chunk of objects; they sum to the sample's loss.
+
+    Each pair may be sent backward as soon as it is yielded. The loss of a round is the mean over its objects of the
+    best candidate's dice error, plus the mean squared error of the predicted IoU; the sample's is the mean over rounds.
+    """
+    total, rounds = len(plan.masks), len(plan.mask_prompts) + 1
+    chunk = settings.object_chunk or total
+    size = (plan.masks.shape[-2], plan.masks.shape[-1])
+    for start in range(0, total, chunk):
+        chosen = slice(start, min(start + chunk, total))
+        masks = plan.masks[chosen].to(embedding.device)
+        prompts = plan.first.rows(chosen)
+        mask_prompt = None
+        for round_index in range(rounds):
+            with _autocast(embedding.device, settings):
+                low_res, iou_prediction = _predict(
+                    model, embedding, prompts, mask_prompt, size, plan.multimask and round_index == 0, settings
+                )
+            loss = low_res_mask_loss(low_res, masks, iou_prediction, input_size=input_size, input_px=settings.input_px)
+            yield loss.mask / (total * rounds), loss.iou / (total * rounds)
+            if round_index == rounds - 1:
+                break
+            with torch.no_grad():
+                best = low_res[torch.arange(len(low_res)), iou_prediction.argmax(1)][:, None]
+                predicted = upsample_masks(best, input_size, size, settings.input_px)[:, 0] > 0
+                prompts = prompts.with_points(*next_points(predicted, masks, plan.draws[round_index, chosen]))
+                mask_prompt = best if plan.mask_prompts[round_index] else None
+
+
+def _predict(
+    model: SamModel,
+    embedding: Tensor,
+    prompts: Prompts,
+    mask_prompt: Tensor | None,
+    size: tuple[int, int],
+    multimask: bool,
+    settings: StepSettings,
+) -> tuple[Tensor, Tensor]:
+    """Return low-resolution mask logits "NCYX" and predicted IoU "NC" of every object; `size` is the patch's."""
+    device, encoder = embedding.device, model.sam.prompt_encoder
+    sparse = embed_prompts(
+        encoder,
+        None if prompts.points is None else scale_coords(prompts.points.to(device), size, settings.input_px),
+        None if prompts.point_labels is None else prompts.point_labels.to(device),
+        None if prompts.boxes is None else scale_boxes(prompts.boxes.to(device), size, settings.input_px),
+    )
+    positions = encoder.get_dense_pe()[..., : embedding.shape[-2], : embedding.shape[-1]]
+    return predict_masks(
+        model.sam.mask_decoder,
+        encoder,
+        embedding,
+        positions,
+        sparse,
+        mask_prompt_logits=mask_prompt,
+        multimask=multimask,
+    )
+
+
+def _autocast(device: torch.device, settings: StepSettings) -> AbstractContextManager[object]:
+    if settings.autocast is None:
+        return nullcontext()
+    return torch.autocast(device.type, settings.autocast)

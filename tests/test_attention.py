@@ -1,0 +1,124 @@
+"""The image encoder gives what segment_anything gives, folded or not, checkpointed or not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from segment_anything.modeling.image_encoder import Attention, ImageEncoderViT
+from torch import Tensor, nn
+
+from napari_resfinetune.models.attention import encode, vit_attention
+
+Gradients = dict[str, Tensor]
+
+
+def _randomize(module: nn.Module, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def _encoder() -> ImageEncoderViT:
+    torch.manual_seed(0)
+    encoder = ImageEncoderViT(
+        img_size=128,
+        embed_dim=64,
+        depth=3,
+        num_heads=4,
+        out_chans=32,
+        use_rel_pos=True,
+        window_size=3,
+        global_attn_indexes=(1, 2),
+    )
+    _randomize(encoder)
+    return encoder
+
+
+def _run(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Gradients]:
+    module.zero_grad(set_to_none=True)
+    x = x.clone().requires_grad_()
+    y = forward(x)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    (y * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    assert x.grad is not None
+    return y.detach(), gradients | {"x": x.grad}
+
+
+def _assert_equal(ours: tuple[Tensor, Gradients], theirs: tuple[Tensor, Gradients]) -> None:
+    assert (ours[0] - theirs[0]).norm() <= 1e-5 * theirs[0].norm()
+    assert ours[1].keys() == theirs[1].keys()
+    for name, expected in theirs[1].items():
+        assert (ours[1][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (6, 10)])
+@pytest.mark.parametrize("relative", [True, False])
+def test_folded_attention_equals_the_module(grid: tuple[int, int], relative: bool) -> None:
+    torch.manual_seed(0)
+    attention = Attention(64, num_heads=4, use_rel_pos=relative, input_size=grid)
+    _randomize(attention)
+    x = torch.randn(2, *grid, 64)
+    _assert_equal(_run(attention, lambda x: vit_attention(attention, x), x), _run(attention, attention, x))
+
+
+def test_folded_attention_resamples_relative_positions_for_another_grid() -> None:
+    torch.manual_seed(0)
+    attention = Attention(64, num_heads=4, use_rel_pos=True, input_size=(8, 8))
+    _randomize(attention)
+    x = torch.randn(1, 5, 5, 64)
+    _assert_equal(_run(attention, lambda x: vit_attention(attention, x), x), _run(attention, attention, x))
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("checkpoint_blocks", [True, False])
+def test_encoder_equals_the_module(folded: bool, checkpoint_blocks: bool) -> None:
+    encoder, x = _encoder(), torch.randn(1, 3, 128, 128)
+    ours = _run(encoder, lambda x: encode(encoder, x, checkpoint_blocks=checkpoint_blocks, folded=folded), x)
+    _assert_equal(ours, _run(encoder, encoder, x))
+
+
+@pytest.mark.parametrize("checkpoint_blocks", [True, False])
+def test_late_training_gives_the_same_gradients(checkpoint_blocks: bool) -> None:
+    encoder, x = _encoder(), torch.randn(1, 3, 128, 128)
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(False)
+    for parameter in [*encoder.blocks[2].parameters(), *encoder.neck.parameters()]:
+        parameter.requires_grad_(True)
+    expected = copy.deepcopy(encoder)
+    expected(x).square().sum().backward()
+    encode(encoder, x, checkpoint_blocks=checkpoint_blocks).square().sum().backward()
+    for (name, ours), theirs in zip(encoder.named_parameters(), expected.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if ours.grad is not None and theirs.grad is not None:
+            assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm() + 1e-6, name
+
+
+def test_frozen_encoder_has_no_graph() -> None:
+    encoder = _encoder().requires_grad_(False)
+    assert not encode(encoder, torch.randn(1, 3, 128, 128)).requires_grad
+
+
+class _OtherEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 1)
+        self.checkpointed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(x)
+        return result
+
+    def forward_checkpointed(self, x: Tensor) -> Tensor:
+        self.checkpointed = True
+        return self.forward(x)
+
+
+@pytest.mark.parametrize("checkpoint_blocks", [True, False])
+def test_other_encoders_are_called(checkpoint_blocks: bool) -> None:
+    encoder, x = _OtherEncoder(), torch.randn(1, 3, 8, 8)
+    torch.testing.assert_close(encode(encoder, x, checkpoint_blocks=checkpoint_blocks), encoder.layer(x))
+    assert encoder.checkpointed is checkpoint_blocks

@@ -1,0 +1,53 @@
+"""`import napari_resfinetune` is quick and loads nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+HEAVY = {
+    "torch",
+    "qtpy",
+    "PyQt5",
+    "PyQt6",
+    "PySide6",
+    "napari",
+    "micro_sam",
+    "segment_anything",
+    "timm",
+    "zarr",
+    "skimage",
+}
+SECONDS = 0.3
+
+CHILD = """
+import json, sys, time
+before = time.perf_counter()
+import {module}
+seconds = time.perf_counter() - before
+print(json.dumps({{"seconds": seconds, "modules": sorted({{name.split(".")[0] for name in sys.modules}})}}))
+"""
+
+
+def import_in_new_process(module: str = "napari_resfinetune") -> dict:
+    command = [sys.executable, "-c", CHILD.format(module=module)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def test_import_loads_nothing_heavy():
+    assert HEAVY.isdisjoint(import_in_new_process()["modules"])
+
+
+def test_config_errors_and_events_load_nothing_heavy():
+    modules = import_in_new_process("napari_resfinetune.config, napari_resfinetune.errors, napari_resfinetune.events")
+    assert HEAVY.isdisjoint(modules["modules"])
+
+
+def test_import_is_quick():
+    # The best of five: what the import costs, rather than what else the machine was doing.
+    assert min(import_in_new_process()["seconds"] for _ in range(5)) < SECONDS
+
+
+def test_the_probe_sees_what_is_loaded():
+    assert "zarr" in import_in_new_process("zarr")["modules"]

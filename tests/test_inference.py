@@ -1,0 +1,192 @@
+"""Segmentation: cutting, scaling, padding, joining, stacks, files, errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from napari_resfinetune.data.sources import open_array
+from napari_resfinetune.errors import ConfigError, DataError, ModelError
+from napari_resfinetune.evaluation import score
+from napari_resfinetune.inference import (
+    check_mode,
+    pad_to_patch,
+    plan_tiles,
+    segment_plane,
+    segment_source,
+    write_labels,
+)
+from napari_resfinetune.models import load_model
+from see_through import disks, paint, see_through_model
+
+EXACT = (0.0, 100.0)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (512, 512), (768, 600), (769, 100), (1300, 2049), (5000, 300)])
+def test_cores_cover_every_pixel_once_and_windows_have_the_scale_of_training(shape: tuple[int, int]) -> None:
+    tiles = plan_tiles(shape, 512)
+    covered = np.zeros(shape, int)
+    for tile in tiles:
+        covered[tile.core] += 1
+        assert tile.y[0] >= 0 and tile.x[0] >= 0 and tile.y[1] <= shape[0] and tile.x[1] <= shape[1]
+        assert covered[tile.window][tile.core_in_window].shape == covered[tile.core].shape
+        if len(tiles) > 1:
+            assert max(tile.shape) == 512
+            for (start, stop), (first, last), length in zip(
+                (tile.y, tile.x), (tile.core_y, tile.core_x), shape, strict=True
+            ):
+                assert first - start >= 64 or start == 0
+                assert stop - last >= 64 or stop == length
+    assert (covered == 1).all()
+    assert (len(tiles) == 1) == (max(shape) <= 768)
+
+
+def test_patch_smaller_than_its_halos() -> None:
+    assert len(plan_tiles((200, 200), 64)) > 1
+    with pytest.raises(ConfigError, match="halo"):
+        plan_tiles((200, 200), 128, 64)
+
+
+def test_small_images_are_padded_not_enlarged() -> None:
+    image = np.full((60, 90, 3), 200, np.float32)
+    padded = pad_to_patch(image, 128)
+    assert padded.shape == (128, 128, 3)
+    assert np.array_equal(padded[:60, :90], image)
+    assert padded[100, 100] == pytest.approx((123.675, 116.28, 103.53))
+    assert pad_to_patch(image, 80) is image
+    model = see_through_model()
+    segment_plane(model, image, patch_px=128)
+    (seen,) = model.sam.image_encoder.calls
+    assert seen.shape == (1, 3, 1024, 1024)
+    assert (seen[0, :, : 60 * 8 - 8, : 90 * 8 - 8] > 1).all(), "a factor of 1024 / 128 = 8"
+    assert seen[0, :, 60 * 8 + 8 :].abs().max() < 1e-4, "padding is zero once normalised"
+
+
+@pytest.mark.parametrize("shape", [(100, 130), (160, 190), (300, 420)])
+def test_ais_finds_what_the_decoder_sees(shape: tuple[int, int]) -> None:
+    """Padded, in one piece, and in windows."""
+    true = disks(shape)
+    found = segment_plane(see_through_model(), paint(true), mode="ais", patch_px=160)
+    assert found.shape == shape and found.dtype == np.uint32
+    assert sorted(np.unique(found)) == list(range(found.max() + 1))
+    result = score(true, found)
+    assert result["n_true"] == result["n_pred"]
+    assert result["sa75"] == 1
+    assert result["msa"] > 0.9
+
+
+def test_no_seams() -> None:
+    image = paint(disks((300, 300)))
+    whole = segment_plane(see_through_model(), image, patch_px=256)
+    cut = segment_plane(see_through_model(), image, patch_px=160)
+    assert score(whole, cut)["msa"] > 0.95
+
+
+@pytest.mark.parametrize("shape", [(100, 100), (240, 200)])
+@pytest.mark.parametrize("mode", ["amg", "apg"])
+def test_mask_decoder_modes(mode: str, shape: tuple[int, int]) -> None:
+    """Points give squares of 20 px, in a patch of 128 px, whichever window they are asked in."""
+    model = see_through_model(point_px=80)
+    options = {"points_per_side": 3, "stability_score_thresh": 0.5} if mode == "amg" else {}
+    found = segment_plane(model, paint(disks(shape)), mode=mode, patch_px=128, parameters=options)
+    assert found.shape == shape and found.dtype == np.uint32 and found.max() > 2
+    areas = np.bincount(found.ravel())[1:]
+    if mode == "apg":
+        assert score(disks(shape), found)["sa50"] == 1
+        assert ((areas > 350) & (areas < 450)).all()
+    else:
+        assert areas.max() == pytest.approx(400, rel=0.15)
+
+
+@pytest.mark.parametrize("mode", ["ais", "apg", "amg"])
+def test_nothing_there(mode: str) -> None:
+    options = {"points_per_side": 2, "pred_iou_thresh": 0.95} if mode == "amg" else {}
+    found = segment_plane(
+        see_through_model(), np.zeros((90, 70, 3), np.float32), mode=mode, patch_px=128, parameters=options
+    )
+    assert found.shape == (90, 70) and found.dtype == np.uint32 and not found.any()
+
+
+def test_small_objects_are_dropped() -> None:
+    true = disks((100, 100), radius=8)
+    assert segment_plane(see_through_model(), paint(true), patch_px=128).max() == true.max()
+    options = {"min_size": 400}
+    assert segment_plane(see_through_model(), paint(true), patch_px=128, parameters=options).max() == 0
+
+
+def test_deterministic_and_leaves_the_model_as_it_was() -> None:
+    model = see_through_model()
+    model.train()
+    image = paint(disks((180, 220)))
+    before = image.copy()
+    first, second = (segment_plane(model, image, patch_px=128) for _ in range(2))
+    assert np.array_equal(first, second)
+    assert np.array_equal(image, before)
+    assert model.training and model.sam.training
+
+
+def test_stack_slice_by_slice_with_distinct_ids() -> None:
+    one, two = disks((100, 100)), disks((100, 100), step=30, radius=9)
+    # A CZYX stack whose channels are the three that the decoder reads.
+    stack = np.stack([paint(one), paint(two), paint(one * 0)]).transpose(3, 0, 1, 2)
+    source = open_array(stack, axes="CZYX")
+    found = segment_source(see_through_model(), source, channels=(0, 1, 2), percentiles=EXACT, patch_px=128)
+    assert found.shape == (3, 100, 100) and found.dtype == np.uint32
+    assert found[0].max() == one.max()
+    assert found[1][found[1] > 0].min() == one.max() + 1
+    assert found.max() == one.max() + two.max()
+    assert not found[2].any()
+
+
+def test_one_slice_stays_a_stack_and_a_plane_a_plane() -> None:
+    image = paint(disks((100, 100)))
+    plane = segment_source(see_through_model(), open_array(image, axes="YXC"), percentiles=EXACT, patch_px=128)
+    assert plane.shape == (100, 100) and plane.max() > 0
+    stack = segment_source(see_through_model(), open_array(image[None], axes="ZYXC"), percentiles=EXACT, patch_px=128)
+    assert stack.shape == (1, 100, 100)
+    assert np.array_equal(stack[0], plane)
+
+
+def test_written_labels_read_back(tmp_path: Path) -> None:
+    for labels in (disks((60, 80)).astype(np.uint32), np.full((2, 50, 50), 70_000, np.uint32)):
+        write_labels(labels, tmp_path / "a.tif")
+        with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+            assert tiff.series[0].axes == "ZYX"[-labels.ndim :]
+            assert tiff.series[0].dtype == np.uint32
+            assert np.array_equal(tiff.asarray(), labels)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tif"]
+    with pytest.raises(DataError, match=r"missing.*cannot be written"):
+        write_labels(labels, tmp_path / "missing" / "a.tif")
+
+
+def test_errors_say_what_to_do() -> None:
+    image = np.zeros((32, 32, 3), np.float32)
+    with pytest.raises(ModelError, match="choose mode 'amg'"):
+        segment_plane(see_through_model(decoder=False), image, mode="ais")
+    with pytest.raises(ConfigError, match="ais, apg, amg"):
+        segment_plane(see_through_model(), image, mode="watershed")
+    with pytest.raises(ConfigError, match="did you mean 'min_size'"):
+        check_mode("ais", {"minsize": 3})
+    with pytest.raises(DataError, match="3 channels"):
+        segment_plane(see_through_model(), image[..., 0])
+    with pytest.raises(DataError, match="0 to 255"):
+        segment_plane(see_through_model(), image + 300)
+    with pytest.raises(DataError, match="0 to 255"):
+        segment_plane(see_through_model(), image * np.nan)
+
+
+@pytest.mark.slow
+def test_real_networks() -> None:
+    """Untrained, so that only types and shapes can be looked at; autocast gives bfloat16 inside."""
+    model = load_model("random:vit_t", decoder="new")
+    image = np.random.default_rng(0).uniform(0, 255, (100, 120, 3)).astype(np.float32)
+    for mode, options in (
+        ("ais", {}),
+        ("amg", {"points_per_side": 2, "pred_iou_thresh": -9, "stability_score_thresh": 0}),
+    ):
+        found = segment_plane(model, image, mode=mode, patch_px=128, precision=torch.bfloat16, parameters=options)
+        assert found.shape == (100, 120) and found.dtype == np.uint32

@@ -1,0 +1,234 @@
+"""Training from end to end through the API, on small real networks: files, events, stop, resume."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+import napari_resfinetune as rf
+from napari_resfinetune.config import read_config
+from napari_resfinetune.events import Checkpointed, EpochEnded, Event, Finished, Message, Started, Step
+from napari_resfinetune.models import load_model, save_model
+from napari_resfinetune.models.weights import load_safetensors
+
+SMALL: dict[str, Any] = {
+    "data": {"patch_px": 64},
+    "resources": {"precision": "fp32", "device": "cpu"},
+}
+TRAINING: dict[str, Any] = {
+    "input_px": 128,
+    "epochs": 3,
+    "samples_per_epoch": 4,
+    "batch_size": 2,
+    "objects": 3,
+    "sub_iterations": 2,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    """Return folders with three small images of bright squares and their labels, and a start model."""
+    folder = tmp_path_factory.mktemp("cells")
+    rng = np.random.default_rng(0)
+    for name in ("images", "labels"):
+        (folder / name).mkdir()
+    for i in range(3):
+        labels = np.zeros((96, 96), np.uint16)
+        for j, (y, x) in enumerate(np.ndindex(3, 3)):
+            size = rng.integers(8, 20)
+            labels[8 + 28 * y : 8 + 28 * y + size, 8 + 28 * x : 8 + 28 * x + size] = j + 1
+        image = np.where(labels > 0, 3000, 400) + rng.integers(0, 300, labels.shape)
+        tifffile.imwrite(folder / "images" / f"c{i}.tif", image.astype(np.uint16))
+        tifffile.imwrite(folder / "labels" / f"c{i}.tif", labels)
+    save_model(folder / "start.pt", load_model("random:vit_t", decoder="new", seed=3))
+    return folder
+
+
+def run(cells: Path, output: Path, events: list[Event] | None = None, **changes: Any) -> rf.TrainResult:
+    settings = {**SMALL, "training": {**TRAINING, **changes.pop("training", {})}, **changes}
+    on_event = events.append if events is not None else None
+    return rf.train(
+        cells / "images", cells / "labels", model=cells / "start.pt", output=output, on_event=on_event, **settings
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": value
+        for name in ("model", "instance_decoder")
+        for key, value in load_safetensors(folder / f"{name}.safetensors").items()
+    }
+
+
+def test_a_run_leaves_what_the_contract_says(cells, tmp_path):
+    events: list[Event] = []
+    result = run(cells, tmp_path / "run", events, training={"keep_every": 2})
+    out = tmp_path / "run"
+    assert (result.run_dir, result.status) == (out, "finished")
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "plan.json",
+        "split.json",
+        "events.jsonl",
+        "metrics.csv",
+        "model.pt",
+    ):
+        assert (out / name).is_file(), name
+    for name in ("latest", "best", "epoch-0001"):
+        assert (out / "checkpoints" / name / "model.safetensors").is_file(), name
+    kinds = [type(event) for event in events]
+    assert kinds.count(Step) == 6
+    assert kinds.count(EpochEnded) == 3
+    assert kinds.count(Started) == kinds.count(Finished) == 1
+    assert Message in kinds
+    assert Checkpointed in kinds
+    lines = [json.loads(line) for line in (out / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["event"] for line in lines] == [kind.__name__ for kind in kinds]
+    with (out / "metrics.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert min(float(row["metric"]) for row in rows) == pytest.approx(result.best_metric)
+    assert result.best_epoch == np.argmin([float(row["metric"]) for row in rows])
+    config = read_config(out / "config.yaml")
+    assert config.training.objects == 3
+    split = json.loads((out / "split.json").read_text(encoding="utf-8"))
+    named = [{entry["image"] for entry in split[part]} for part in ("train", "validation")]
+    assert named[0].isdisjoint(named[1])
+    assert named[0] | named[1] == {"c0", "c1", "c2"}
+    best = load_model(out)
+    assert best.instance_decoder is not None
+    for name, value in weights(out / "checkpoints" / "best").items():
+        part, key = name.split(".", 1)
+        module = best.sam if part == "model" else best.instance_decoder
+        assert torch.equal(module.state_dict()[key], value), name
+
+
+def test_it_learns(cells, tmp_path):
+    events: list[Event] = []
+    run(cells, tmp_path / "run", events, training={"targets": "instances", "epochs": 6, "samples_per_epoch": 6})
+    losses = [event.instance_loss for event in events if isinstance(event, Step)]
+    assert np.mean(losses[-3:]) < 0.75 * np.mean(losses[:3])
+
+
+class StopAfter:
+    """Asks for a stop after some steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.token, self.left = rf.StopToken(), steps
+
+    def __call__(self, event: Event) -> None:
+        self.left -= isinstance(event, Step)
+        if self.left == 0:
+            self.token.stop()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5], ids=["first epoch", "end of an epoch", "last epoch"])
+def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(cells, tmp_path, steps):
+    whole = run(cells, tmp_path / "whole")
+    stop = StopAfter(steps)
+    settings = {**SMALL, "training": TRAINING}
+    halted = rf.train(
+        cells / "images",
+        cells / "labels",
+        model=cells / "start.pt",
+        output=tmp_path / "halted",
+        on_event=stop,
+        stop=stop.token,
+        **settings,
+    )
+    assert halted.status == "stopped"
+    resumed = rf.resume(tmp_path / "halted")
+    assert (resumed.status, resumed.best_epoch) == (whole.status, whole.best_epoch)
+    assert resumed.best_metric == whole.best_metric
+    for name in ("latest", "best"):
+        expected = weights(tmp_path / "whole" / "checkpoints" / name)
+        found = weights(tmp_path / "halted" / "checkpoints" / name)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    rows = (tmp_path / "halted" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    assert [row.split(",")[0] for row in rows] == ["epoch", "0", "1", "2"]
+
+
+def test_a_finished_run_has_nothing_left_to_do_unless_it_gets_more_epochs(cells, tmp_path):
+    run(cells, tmp_path / "run", training={"epochs": 1})
+    again = rf.resume(tmp_path / "run")
+    assert (again.status, again.best_epoch) == ("finished", 0)
+    more = rf.resume(tmp_path / "run", epochs=2)
+    assert more.status == "finished"
+    assert len((tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("strategy", "targets", "learning"),
+    [
+        ("frozen", "both", {"prompt_encoder", "mask_decoder", "instance_decoder"}),
+        ("frozen", "instances", {"instance_decoder"}),
+        ("full", "masks", {"image_encoder", "prompt_encoder", "mask_decoder"}),
+    ],
+)
+def test_only_what_should_learn_changes(cells, tmp_path, strategy, targets, learning):
+    run(cells, tmp_path / "run", strategy=strategy, training={"targets": targets, "epochs": 1, "samples_per_epoch": 2})
+    before = load_model(cells / "start.pt", decoder="new")
+    after = load_model(tmp_path / "run", decoder="none" if targets == "masks" else "required")
+    changed = {
+        name.split(".")[0]
+        for name, value in after.sam.state_dict().items()
+        if not torch.equal(value, before.sam.state_dict()[name])
+    }
+    if after.instance_decoder is not None:
+        state = before.instance_decoder.state_dict()
+        if any(not torch.equal(v, state[k]) for k, v in after.instance_decoder.state_dict().items()):
+            changed.add("instance_decoder")
+    assert changed == learning
+
+
+def test_early_stopping_ends_a_run_that_gets_no_better(cells, tmp_path):
+    events: list[Event] = []
+    result = run(
+        cells,
+        tmp_path / "run",
+        events,
+        training={
+            "learning_rate": 1e-12,
+            "epochs": 50,
+            "early_stopping": 2,
+            "samples_per_epoch": 1,
+            "targets": "masks",
+        },
+    )
+    assert result.status == "early_stopped"
+    assert sum(isinstance(event, EpochEnded) for event in events) == result.best_epoch + 3
+
+
+def test_nothing_is_overwritten_and_a_refused_run_leaves_nothing(cells, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(rf.ConfigError, match="already holds files"):
+        run(cells, taken)
+    assert [path.name for path in taken.iterdir()] == ["notes.txt"]
+    with pytest.raises(rf.ModelError):
+        rf.train(cells / "images", cells / "labels", model="vit_x", output=tmp_path / "new")
+    with pytest.raises(rf.DataError):
+        rf.train(cells / "images", cells, model="random:vit_t", output=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_arrays_train_without_any_file(cells, tmp_path):
+    images = [tifffile.imread(path) for path in sorted((cells / "images").iterdir())]
+    labels = [tifffile.imread(path) for path in sorted((cells / "labels").iterdir())]
+    settings = {**SMALL, "training": {**TRAINING, "epochs": 1, "samples_per_epoch": 2}}
+    result = rf.train(images, labels, model=cells / "start.pt", output=tmp_path / "run", **settings)
+    assert result.status == "finished"
+    with pytest.raises(rf.ConfigError, match="arrays"):
+        rf.resume(tmp_path / "run")
+    assert rf.resume(tmp_path / "run", images, labels).status == "finished"
