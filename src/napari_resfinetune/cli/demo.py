@@ -29,7 +29,8 @@ SETTINGS: dict[str, Any] = {
     "training": {
         "input_px": 256,
         "targets": "instances",
-        "learning_rate": 1e-3,
+        "batch_norm": "measure",
+        "learning_rate": 3e-4,
         "epochs": 8,
         "samples_per_epoch": 48,
         "batch_size": 2,

@@ -109,6 +109,11 @@ class TrainingConfig(_Frozen):
     targets: Targets = Field(
         "both", description="which decoders learn: 'both', 'masks' (prompts) or 'instances' (automatic)"
     )
+    batch_norm: Literal["keep", "measure"] = Field(
+        "keep",
+        description="statistics of vit_t's batch normalisation: 'keep' the start model's, or 'measure' them on the "
+        "first patches before training, which random weights need; while training they stay as they are",
+    )
     seed: int = Field(0, ge=0, description="fixes split, patches, prompts and new weights")
     keep_every: PositiveInt | None = Field(None, description="also keep the checkpoint of every k-th epoch")
 

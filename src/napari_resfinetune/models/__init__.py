@@ -38,7 +38,12 @@ if TYPE_CHECKING:
     )
     from napari_resfinetune.models.resolve import ModelLocation, resolve_model
     from napari_resfinetune.models.strategies import TrainableReport, apply_strategy, count_parameters
-    from napari_resfinetune.models.tiny_vit import TinyViTEncoder, freeze_batch_norm, mobile_sam_name
+    from napari_resfinetune.models.tiny_vit import (
+        TinyViTEncoder,
+        freeze_batch_norm,
+        measure_batch_norm,
+        mobile_sam_name,
+    )
     from napari_resfinetune.models.weights import (
         Weights,
         load_decoder_state,
@@ -65,7 +70,7 @@ _MODULES = {
     "preprocess": ("masks_to_image", "resized_shape", "scale_boxes", "scale_coords", "to_model_input"),
     "resolve": ("ModelLocation", "resolve_model"),
     "strategies": ("TrainableReport", "apply_strategy", "count_parameters"),
-    "tiny_vit": ("TinyViTEncoder", "freeze_batch_norm", "mobile_sam_name"),
+    "tiny_vit": ("TinyViTEncoder", "freeze_batch_norm", "measure_batch_norm", "mobile_sam_name"),
     "weights": (
         "Weights",
         "load_decoder_state",
@@ -101,6 +106,7 @@ __all__ = [
     "load_safetensors",
     "load_state",
     "masks_to_image",
+    "measure_batch_norm",
     "mobile_sam_name",
     "model_path_in_cache",
     "near_names",

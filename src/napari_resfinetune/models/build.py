@@ -27,6 +27,20 @@ DecoderChoice = Literal["required", "new", "none"]
 PART_NAMES = ("image_encoder", "prompt_encoder", "mask_decoder", "instance_decoder")
 
 
+class BatchStatistics(nn.BatchNorm2d):
+    """BatchNorm that takes the statistics of what it is given in every mode.
+
+    micro-sam predicts with its instance decoder in training mode, and one image at a time. Doing alike gives the same
+    segmentation from the same file there and here; running statistics are still kept for other tools.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise "BCYX"."""
+        if self.training:
+            return super().forward(x)
+        return nn.functional.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+
+
 class SamModel(nn.Module):
     """Segment Anything and micro-sam's decoder for instance segmentation.
 
@@ -203,7 +217,14 @@ def _instance_decoder(image_encoder: nn.Module, state: State | None = None, wher
         raise ModelError(
             f"{where}: its decoder is not the one of micro-sam ({detail}); give a checkpoint without it"
         ) from None
-    return upstream.DecoderAdapter(unetr)
+    adapter = upstream.DecoderAdapter(unetr)
+    for part in list(adapter.modules()):
+        for name, child in part.named_children():
+            if type(child) is nn.BatchNorm2d:
+                norm = BatchStatistics(child.num_features, eps=child.eps, momentum=child.momentum)
+                norm.load_state_dict(child.state_dict())
+                setattr(part, name, norm)
+    return adapter
 
 
 def _no_decoder(where: str) -> str:

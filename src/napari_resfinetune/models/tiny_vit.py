@@ -9,7 +9,7 @@ tools must have it.
 from __future__ import annotations
 
 import re
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +46,32 @@ def freeze_batch_norm(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.eval()
+
+
+@torch.no_grad()
+def measure_batch_norm(module: nn.Module, inputs: Iterable[torch.Tensor]) -> None:
+    """Set the BatchNorm statistics of a module to the mean over inputs; everything else stays as it is.
+
+    Freshly initialised weights need this: their statistics say nothing about their activations.
+
+    Parameters
+    ----------
+    module
+        Called with each input; its mode is left as it was.
+    inputs
+        What `module` takes.
+    """
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm.training, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over all inputs
+    for batch in inputs:
+        module(batch)
+    for norm, (training, momentum) in zip(norms, kept, strict=True):
+        norm.train(training)
+        norm.momentum = momentum
 
 
 class TinyViTEncoder(nn.Module):

@@ -17,7 +17,14 @@ from napari_resfinetune.data.patches import TrainingPatches, ValidationPatches, 
 from napari_resfinetune.data.scaling import Scaling
 from napari_resfinetune.data.split import Split, split_pairs, whole_regions
 from napari_resfinetune.errors import ConfigError
-from napari_resfinetune.models import ModelLocation, TrainableReport, apply_strategy, load_model
+from napari_resfinetune.models import (
+    ModelLocation,
+    TrainableReport,
+    apply_strategy,
+    load_model,
+    measure_batch_norm,
+    to_model_input,
+)
 from napari_resfinetune.planning import (
     Hardware,
     PrecisionChoice,
@@ -31,6 +38,7 @@ from napari_resfinetune.training.run_folder import RunFolder
 from napari_resfinetune.training.step import StepSettings
 
 DEFAULT_OBJECTS = 10
+PATCHES_TO_MEASURE = 16
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -191,6 +199,11 @@ def make_job(
     validation = ValidationPatches(
         data.pairs, split.validation, config.data, scalings=scalings, with_targets=targets != "masks"
     )
+    if config.training.batch_norm == "measure" and model.architecture == "vit_t":
+        patches = (training[index].image[None].to(setup.device) for index in range(PATCHES_TO_MEASURE))
+        measure_batch_norm(
+            model.sam.image_encoder, (to_model_input(patch, config.training.input_px)[0] for patch in patches)
+        )
     settings = StepSettings(
         autocast=DTYPES[setup.precision.name],
         object_chunk=config.resources.object_chunk,
