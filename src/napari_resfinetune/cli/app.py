@@ -236,9 +236,11 @@ def demo(
 
     with plain_errors():
         with stop_on_interrupt() as stop:
-            outcome = run_demo(output, stop)
+            outcome = run_demo(output, stop, (errors if as_json else results).print)
         if as_json:
             print_json(outcome)
+        if outcome["status"] == "stopped":
+            raise typer.Exit(STOPPED)
 
 
 def _data(images: list[str] | None, labels: list[str] | None) -> dict[str, Any]:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
+from skimage.segmentation import find_boundaries, relabel_sequential
 
 from napari_resfinetune import api
-from napari_resfinetune.cli.output import TrainingProgress, results
-from napari_resfinetune.data.synthetic import Sample, make_samples
+from napari_resfinetune.cli.output import TrainingProgress
+from napari_resfinetune.data.synthetic import Sample, make_sample
 from napari_resfinetune.events import StopToken
 from napari_resfinetune.models import load_model, save_model
 from napari_resfinetune.training.run_folder import check_output
 
 MODALITY = "fluorescence_nuclei"
-SHAPE = (256, 256)
-# Objects of the size that they have in an image of 512 px.
-FIELD_PX = 512
-TRAINING_IMAGES, HELD_OUT_IMAGES = 8, 2
-SEED = 7
+SEED = 27
+# One scene, cut into fields of view: small ones to learn from, large ones, which the model never sees, to be judged on.
+SCENE_SHAPE, FIELD_PX = (1024, 1280), 512
+TRAINING_PX, TRAINING_WIDTH, HELD_OUT_PX = 256, 768, 512
+SCORES = {"SA50": "sa50", "SA75": "sa75", "mSA": "msa"}
 # A quarter of SAM's field of view at the usual scale, and the instance decoder alone: what makes minutes out of hours.
 SETTINGS: dict[str, Any] = {
     "strategy": "full",
@@ -30,8 +32,8 @@ SETTINGS: dict[str, Any] = {
         "input_px": 256,
         "targets": "instances",
         "batch_norm": "measure",
-        "learning_rate": 3e-4,
-        "epochs": 8,
+        "learning_rate": 5e-4,
+        "epochs": 6,
         "samples_per_epoch": 48,
         "batch_size": 2,
         "early_stopping": None,
@@ -39,7 +41,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def run_demo(output: Path, stop: StopToken) -> dict[str, Any]:
+def run_demo(output: Path, stop: StopToken, say: Callable[[str], None]) -> dict[str, Any]:
     """Make samples, finetune, and compare before with after on images that were not trained on.
 
     Parameters
@@ -47,52 +49,60 @@ def run_demo(output: Path, stop: StopToken) -> dict[str, Any]:
     output
         New or empty folder for images, run and picture.
     stop
-        Ends the training early; the comparison is still made.
+        Ends the training early; the best model so far is compared.
+    say
+        Called with each line for the person who watches.
 
     Returns
     -------
     dict
-        ``before`` and ``after`` (SA50, SA75, mSA of the automatic segmentation), ``picture``, ``run_dir``, ``seconds``.
+        ``status``, ``run_dir``, ``seconds``, and once there is a model ``before`` and ``after`` (SA50, SA75, mSA of the
+        automatic segmentation) and ``picture``.
     """
     check_output(output)
-    samples = list(
-        make_samples(MODALITY, n=TRAINING_IMAGES + HELD_OUT_IMAGES, seed=SEED, shape=SHAPE, field_px=FIELD_PX)
-    )
-    for part, chosen in (("train", samples[:TRAINING_IMAGES]), ("held_out", samples[TRAINING_IMAGES:])):
-        _write(output / "samples" / part, chosen)
-    results.print(f"made {TRAINING_IMAGES} sample images to learn from and {HELD_OUT_IMAGES} to be judged on")
-    results.print("the start model is made on the spot, with random weights: it knows nothing yet")
+    training, held_out = cut_scene()
+    _write(output / "samples" / "train", training)
+    _write(output / "samples" / "held_out", held_out)
+    say(f"made {len(training)} sample images to learn from and {len(held_out)} to be judged on")
+    say("the start model is made on the spot, with random weights: it knows nothing yet")
     start = output / "start.pt"
     save_model(start, load_model("random:vit_t", decoder="new", seed=SEED))
-    training, held_out = output / "samples" / "train", output / "samples" / "held_out"
+    images, labels = (output / "samples" / "train" / kind for kind in ("images", "labels"))
     with TrainingProgress() as progress:
-        result = api.train(
-            training / "images",
-            training / "labels",
-            model=str(start),
-            output=output / "run",
-            on_event=progress,
-            stop=stop,
-            **SETTINGS,
-        )
-    models = {"before": start, "after": result.run_dir}
-    outcome: dict[str, Any] = {"run_dir": str(result.run_dir), "seconds": result.seconds}
+        result = api.train(images, labels, model=start, output=output / "run", on_event=progress, stop=stop, **SETTINGS)
+    outcome: dict[str, Any] = {"status": result.status, "run_dir": str(result.run_dir), "seconds": result.seconds}
+    if result.best_epoch < 0:
+        return outcome
+    say("\non images that it has not seen:")
     found = {}
-    for when, model in models.items():
+    for when, model in (("before", start), ("after", result.run_dir)):
         loaded = api.load_model(model, decoder="required")
-        scores = api.evaluate(held_out / "images", held_out / "labels", model=loaded).to_dict()["ais"]
-        outcome[when] = scores
-        found[when] = [labels for _, labels in api.segment_many(held_out / "images", model=loaded)]
-        results.print(f"{when:>6}: SA50 {scores['sa50']:.2f}, SA75 {scores['sa75']:.2f}, mSA {scores['msa']:.2f}")
+        folders = [output / "samples" / "held_out" / kind for kind in ("images", "labels")]
+        outcome[when] = api.evaluate(*folders, model=loaded).to_dict()["ais"]
+        found[when] = [labels for _, labels in api.segment_many(folders[0], model=loaded)]
+        say(f"{when:>8}: " + ", ".join(f"{name} {outcome[when][key]:.2f}" for name, key in SCORES.items()))
     picture = output / "before-after.png"
-    _draw(picture, samples[TRAINING_IMAGES:], found["before"], found["after"])
+    _draw(picture, held_out, found["before"], found["after"])
     outcome["picture"] = str(picture)
-    results.print(f"picture: {picture}")
-    results.print(f"model:   {result.run_dir / 'model.pt'}")
-    results.print("next, on your own images:")
-    results.print("  resfinetune check --images IMAGES --labels LABELS")
-    results.print("  resfinetune train --images IMAGES --labels LABELS --model vit_b_lm --output runs/my-cells")
+    say(f"\npicture: {picture}\nmodel:   {result.run_dir / 'model.pt'}\n\nnext, on your own images:")
+    say("  resfinetune check --images IMAGES --labels LABELS")
+    say("  resfinetune train --images IMAGES --labels LABELS --model vit_b_lm --output runs/my-cells")
     return outcome
+
+
+def cut_scene() -> tuple[list[Sample], list[Sample]]:
+    """Return samples to learn from and samples to be judged on, from different parts of one scene."""
+    scene = make_sample(MODALITY, seed=SEED, shape=SCENE_SHAPE, field_px=FIELD_PX)
+
+    def cut(y: int, x: int, size: int) -> Sample:
+        where = np.s_[y : y + size, x : x + size]
+        return Sample(scene.image[where], relabel_sequential(scene.labels[where])[0], MODALITY)
+
+    height, width = SCENE_SHAPE
+    training = [
+        cut(y, x, TRAINING_PX) for y in range(0, height, TRAINING_PX) for x in range(0, TRAINING_WIDTH, TRAINING_PX)
+    ]
+    return training, [cut(y, width - HELD_OUT_PX, HELD_OUT_PX) for y in range(0, height, HELD_OUT_PX)]
 
 
 def _write(folder: Path, samples: list[Sample]) -> None:
@@ -105,7 +115,6 @@ def _write(folder: Path, samples: list[Sample]) -> None:
 
 def _draw(path: Path, samples: list[Sample], before: list[NDArray[np.uint32]], after: list[NDArray[np.uint32]]) -> None:
     from matplotlib.figure import Figure
-    from skimage.segmentation import find_boundaries
 
     titles = ("image", "labels", "before", "after")
     figure = Figure(figsize=(3 * len(titles), 3.2 * len(samples)), layout="constrained")

@@ -93,7 +93,7 @@ class Trainer:
         self.with_masks = self.plan.targets in ("both", "masks")
         self.with_instances = self.plan.targets in ("both", "instances")
         parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
-        self.optimizer = AdamW(parameters, lr=self.plan.learning_rate)
+        self.optimizer = AdamW(parameters, lr=self.plan.learning_rate, fused=True)
         self.scheduler = ReduceLROnPlateau(
             self.optimizer, mode="min", factor=self.plan.plateau_factor, patience=self.plan.plateau_patience
         )
