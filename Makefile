@@ -8,13 +8,14 @@ INPUTS := pyproject.toml constraints.txt scripts/setup.sh
 SETUP := bash scripts/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check format constraints clean
+.PHONY: help env demo test check format pictures constraints clean
 
 help:
 	@echo "make demo         finetune a small model on made-up images and show it got better"
 	@echo "make test         environment, Debian's libraries for Qt and Xvfb, then the whole test suite"
 	@echo "make check        ruff, mypy and the docstring check"
 	@echo "make format       let ruff rewrite the layout"
+	@echo "make pictures     make the pictures and tables in docs/ anew"
 	@echo "make constraints  renew constraints.txt"
 	@echo "make clean        remove environments, caches and build outputs"
 
@@ -44,6 +45,12 @@ check: $(READY_DEV)
 format: $(READY_DEV)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+pictures: $(READY)
+	$(VENV)/bin/python scripts/config_docs.py
+	$(VENV)/bin/python scripts/synthetic_gallery.py
+	$(VENV)/bin/resfinetune demo --output build/demo
+	cp build/demo/before-after.png docs/images/demo.png
 
 constraints:
 	@$(SETUP) constraints

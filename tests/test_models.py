@@ -19,6 +19,7 @@ from napari_resfinetune import models
 from napari_resfinetune.config import FrozenStrategy, FullStrategy
 from napari_resfinetune.errors import ModelError
 from napari_resfinetune.models import upstream
+from napari_resfinetune.models.instance_decoder import run_instance_decoder
 
 
 @pytest.fixture(scope="module")
@@ -309,3 +310,15 @@ def test_instances_need_a_decoder(vit_t):
     with pytest.raises(ModelError, match="no instance decoder"):
         models.apply_strategy(bare, FullStrategy(), "both")
     assert "instance_decoder" not in models.apply_strategy(copy.deepcopy(bare), FullStrategy(), "masks").total
+
+
+def test_the_instance_decoder_predicts_as_it_does_in_micro_sam_and_keeps_its_statistics():
+    model = models.new_model("vit_t", seed=4)
+    embedding = torch.randn(1, 256, 8, 8)
+    theirs = copy.deepcopy(model.instance_decoder).train()
+    before = {name: value.clone() for name, value in model.instance_decoder.state_dict().items()}
+    with torch.no_grad():
+        expected = run_instance_decoder(theirs, embedding, (128, 128), (64, 64))
+        found = run_instance_decoder(model.eval().instance_decoder, embedding, (128, 128), (64, 64))
+    torch.testing.assert_close(found, expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.instance_decoder.state_dict().items())

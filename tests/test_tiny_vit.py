@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from napari_resfinetune.errors import ModelError
-from napari_resfinetune.models import TinyViTEncoder, freeze_batch_norm, new_model
+from napari_resfinetune.models import TinyViTEncoder, freeze_batch_norm, measure_batch_norm, new_model
 
 SHAPES = json.loads((Path(__file__).parent / "data" / "mobile_sam_shapes.json").read_text())
 
@@ -110,3 +110,18 @@ def test_freeze_batch_norm_leaves_other_modules():
     module = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.Dropout()).train()
     freeze_batch_norm(module)
     assert [part.training for part in module] == [False, True]
+
+
+def test_measured_statistics_are_those_of_the_inputs_and_nothing_else_changes():
+    torch.manual_seed(0)
+    encoder = TinyViTEncoder(img_size=64).eval()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    inputs = [torch.randn(1, 3, 64, 64) * 3 + 1 for _ in range(3)]
+    first = encoder.patch_embed.conv1.conv
+    measure_batch_norm(encoder, inputs)
+    expected = torch.stack([first(x).mean((0, 2, 3)) for x in inputs]).mean(0)
+    after = encoder.state_dict()
+    torch.testing.assert_close(after["patch_embed.seq.0.bn.running_mean"], expected)
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert all(name.rsplit(".", 1)[1] in ("running_mean", "running_var", "num_batches_tracked") for name in changed)
+    assert not any(part.training for part in encoder.modules())
