@@ -4,14 +4,15 @@
     python benchmarks/step.py --model vit_b --objects 25 --levers checkpoint-encoder,checkpoint-instance-decoder,chunk=5
     python benchmarks/step.py --strategy frozen --json
 
-Both start from the same weights and see the same patch of 512 px with the same number of objects. Times are medians over
-the iterations after the first. On a CPU peak memory is the most that the process held, imports included; on CUDA it is
-the most that tensors took. `--ours-only` and `--micro-sam-only` run one of the two.
+Both start from the same weights and see the same patch of 512 px with the same number of objects. Times are medians
+over the iterations after the first. On a CPU, peak memory is the most that the process held, imports included; on CUDA
+it is the most that tensors took. `--ours-only` and `--micro-sam-only` run one of the two.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -167,7 +168,7 @@ def run_micro_sam(options: argparse.Namespace) -> tuple[list[float], float]:
             save_root=folder,
             verify_n_labels_in_loader=None,
         )
-    return [after - before for before, after in zip(times[:-1], times[1:], strict=True)], _peak_gb(options.device)
+    return [after - before for before, after in itertools.pairwise(times)], _peak_gb(options.device)
 
 
 def _patch(objects: int) -> Any:
@@ -228,7 +229,8 @@ def _peak_gb(device: str) -> float:
 
 def _print_table(options: argparse.Namespace, results: dict[str, dict[str, float]]) -> None:
     print(
-        f"{options.model}, {options.strategy}, {options.objects} objects, {options.device}, levers: {options.levers or '-'}"
+        f"{options.model}, {options.strategy}, {options.objects} objects, {options.device}, "
+        f"levers: {options.levers or '-'}"
     )
     print(f"{'':10} {'s / iteration':>14} {'peak GB':>8}")
     for side, result in results.items():

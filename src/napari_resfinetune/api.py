@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from napari_resfinetune.config import FinetuneConfig, make_config, merge
+from napari_resfinetune.config import FinetuneConfig, as_config, make_config, merge
 from napari_resfinetune.errors import ConfigError, ResFinetuneError
 from napari_resfinetune.events import Event, Failed, Finished, Message, Status, StopToken
 
@@ -94,7 +94,7 @@ def train(
     ConfigError, DataError, ModelError, ResourceError, TrainingError
         Before anything is written wherever possible.
     """
-    config, images, labels = _as_config(images, labels, output, settings)
+    config, images, labels = as_config(images, labels, output, settings)
     output = config.output
     if output is None:
         raise ConfigError("output: not given; name a new folder for the run, as in --output runs/my-cells")
@@ -181,7 +181,7 @@ def check(images: Any = None, labels: Any = None, **settings: Any) -> CheckRepor
     from napari_resfinetune.data.doctor import check_pairs
     from napari_resfinetune.data.pairs import find_pairs
 
-    config, images, labels = _as_config(images, labels, None, settings)
+    config, images, labels = as_config(images, labels, None, settings)
     data = config.data
     images, labels = images if images is not None else data.images, labels if labels is not None else data.labels
     if images is None or labels is None:
@@ -321,42 +321,6 @@ def doctor() -> dict[str, Any]:
     from napari_resfinetune.planning import doctor_report
 
     return doctor_report()
-
-
-def _as_config(
-    images: Any, labels: Any, output: str | Path | None, settings: Mapping[str, Any]
-) -> tuple[FinetuneConfig, Any, Any]:
-    """Bring the two ways of calling together; returns images and labels only where they are arrays."""
-    if isinstance(images, FinetuneConfig):
-        if labels is not None or settings:
-            raise ConfigError("a FinetuneConfig was given together with other settings; put them into the config")
-        config = images if output is None else images.model_copy(update={"output": Path(output)})
-        return config, None, None
-    values: dict[str, Any] = dict(settings)
-    if "preset" in values:
-        values = merge(values, {"resources": {"preset": values.pop("preset")}})
-    if isinstance(values.get("strategy"), str):
-        values["strategy"] = {"kind": values["strategy"]}
-    if isinstance(values.get("model"), Path):
-        values["model"] = str(values["model"])
-    if output is not None:
-        values["output"] = str(output)
-    named = {}
-    for name, value in (("images", images), ("labels", labels)):
-        location = _location(value)
-        if location is not None:
-            named[name] = location
-    config = make_config(merge(values, {"data": named}), "settings")
-    return config, None if "images" in named else images, None if "labels" in named else labels
-
-
-def _location(value: Any) -> Any:
-    """Return paths as strings for the configuration, and `None` for arrays."""
-    if isinstance(value, str | Path):
-        return str(value)
-    if isinstance(value, list | tuple) and value and all(isinstance(item, str | Path) for item in value):
-        return tuple(str(item) for item in value)
-    return None
 
 
 def _same_run(written: FinetuneConfig, asked: FinetuneConfig) -> FinetuneConfig:

@@ -1,5 +1,6 @@
 """Floor 0: what a run is, without torch and without Qt."""
 
+from napari_resfinetune.config.arguments import as_config
 from napari_resfinetune.config.files import make_config, merge, parse_overrides, read_config, read_yaml, write_config
 from napari_resfinetune.config.schema import (
     AugmentConfig,
@@ -21,6 +22,7 @@ __all__ = [
     "ResourcesConfig",
     "Strategy",
     "TrainingConfig",
+    "as_config",
     "make_config",
     "merge",
     "parse_overrides",

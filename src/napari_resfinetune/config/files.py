@@ -67,11 +67,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a day that is none is a ValueError
         detail = str(error).replace("\n", " ")
         raise ConfigError(f"{path}: not valid YAML ({detail}); expected keys such as 'model: vit_b_lm'") from None
     if values is None:
         return {}
+    if _holds_itself(values):
+        raise ConfigError(f"{path}: a value holds itself through an alias (*); write the value out")
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path}: found {type(values).__name__}; expected a mapping with keys such as 'model: vit_b_lm'"
@@ -96,7 +98,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             continue
         try:
             value = yaml.safe_load(text) if text else None
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             problems.append(f"--set {override}: the value is not valid YAML; quote it")
             continue
         *outer, last = key.strip().split(".")
@@ -121,6 +123,13 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 result[key] = merge(value) if isinstance(value, Mapping) else value
     return result
+
+
+def _holds_itself(value: Any, outer: tuple[int, ...] = ()) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return id(value) in outer or any(_holds_itself(item, (*outer, id(value))) for item in inner)
 
 
 def _say(problem: Any, where: str) -> str:

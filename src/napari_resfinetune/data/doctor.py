@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage import measure
 
-from napari_resfinetune.data.pairs import Pair, Pairs, Problem, some, to_channels
+from napari_resfinetune.data.pairs import Pair, Pairs, Problem, check_channels, some
 from napari_resfinetune.data.sources import ArraySource, read_plane, shape_yx
 from napari_resfinetune.errors import DataError
 
@@ -61,16 +61,17 @@ def check_pairs(pairs: Pairs, *, patch_px: int = 512, min_object_px: int = 25) -
         Smaller objects are not trained on, in pixels.
     """
     problems = list(pairs.problems)
-    unlabelled = 0
+    without_objects = 0
     for pair in pairs.pairs:
         found, has_objects = _check_pair(pair, min_object_px)
         problems += found
-        unlabelled += not has_objects and not any(problem.level == "error" for problem in found)
-    if pairs.pairs and unlabelled == len(pairs.pairs):
-        found_text = "no labelled object in any image"
-        problems.append(
-            Problem("error", "no-objects", "labels", found_text, "label some objects, better twenty or more")
-        )
+        without_objects += not has_objects and not any(problem.level == "error" for problem in found)
+    if pairs.pairs and without_objects == len(pairs.pairs):
+        found_text, fix = "no labelled object in any image", "label some objects, better twenty or more"
+        if any(problem.code == "small-objects" for problem in problems):
+            found_text = f"no object of {min_object_px} px or more in any image"
+            fix = "label larger objects, or lower data.min_object_px"
+        problems.append(Problem("error", "no-objects", "labels", found_text, fix))
     if not pairs.pairs and not any(problem.level == "error" for problem in problems):
         problems.append(Problem("error", "no-pairs", "images", "no image with labels", "give at least one"))
     problems = _together([*problems, *_small_images(pairs, patch_px)])
@@ -110,7 +111,7 @@ class _Facts:
 
 
 def _check_pair(pair: Pair, min_object_px: int) -> tuple[list[Problem], bool]:
-    """Return the problems of a pair, and whether its labels hold an object."""
+    """Return the problems of a pair, and whether its labels hold an object that is large enough."""
     problems = [*_image_axes(pair)]
     try:
         layout = [*_layout(pair)]
@@ -124,7 +125,7 @@ def _check_pair(pair: Pair, min_object_px: int) -> tuple[list[Problem], bool]:
         found, _, fix = rest.rpartition("; ")
         return [*problems, Problem("error", "unusable-file", where, found, fix)], True
     problems += [*_label_problems(pair.labels, facts, min_object_px), *_image_problems(pair.image, facts)]
-    return problems, bool(facts.ids) or facts.negative
+    return problems, facts.objects > facts.small or facts.negative
 
 
 def _image_axes(pair: Pair) -> Iterator[Problem]:
@@ -159,16 +160,14 @@ def _layout(pair: Pair) -> Iterator[Problem]:
         fix = "rotate the label image" if turned else "crop or re-export the label image"
         yield Problem("error", "shape-mismatch", labels.where, found, fix)
     elif image.plane_count != labels.plane_count:
-        found = f"{labels.plane_count} planes (shape {labels.shape}, {labels.axes}), "
+        found = f"{labels.plane_count} plane{'s' * (labels.plane_count != 1)} (shape {labels.shape}, {labels.axes}), "
         found += f"{image.where} has {image.plane_count} (shape {image.shape}, {image.axes})"
         fix = "give labels for every slice, with 0 where nothing is labelled"
-        if image.guessed_axes:
-            fix = "set data.axes to CYX if the image has channels rather than slices"
+        if labels.plane_count == 1:
+            fix += ", or set data.axes to CYX if the image has channels rather than slices"
         yield Problem("error", "axis-mismatch", labels.where, found, fix)
     try:
-        # One pixel is enough to see whether the channels fit.
-        count = image.shape[image.axes.index("C")] if "C" in image.axes else 1
-        to_channels(np.zeros((1, 1, count), np.float32), pair.channels)
+        check_channels(image, pair.channels)
     except DataError as error:
         _, _, rest = str(error).partition(": ")
         found, _, fix = rest.rpartition("; ")

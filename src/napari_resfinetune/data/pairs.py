@@ -140,6 +140,19 @@ def find_pairs(
     return Pairs(tuple(pairs), tuple(problems))
 
 
+def join_held_out(training: Pairs, held_out: Pairs) -> Pairs:
+    """Put images to train on and held-out images together; one that is among both is a problem."""
+    paths = {pair.image.path.resolve() for pair in training.pairs if pair.image.path is not None}
+    shared = [p.image.path for p in held_out.pairs if p.image.path is not None and p.image.path.resolve() in paths]
+    problems = training.problems + held_out.problems
+    if shared:
+        found = (
+            "is both a training and a held-out image" if len(shared) == 1 else "are both training and held-out images"
+        )
+        problems += (Problem("error", "held-out-twice", _places(shared), found, "remove them from one of the two"),)
+    return Pairs(training.pairs + held_out.pairs, problems)
+
+
 def find_images(images: Any, *, image_key: str | None = None, axes: str | None = None) -> tuple[ArraySource, ...]:
     """Open images that have no labels.
 
@@ -212,6 +225,21 @@ def to_channels(array: NDArray[Any], channels: tuple[int, ...] | None = None) ->
     return np.stack([first, second, third], axis=-1)
 
 
+def check_channels(source: ArraySource, channels: tuple[int, ...] | None) -> None:
+    """Check that `to_channels` can take the channels from an image, without reading it.
+
+    Raises
+    ------
+    DataError
+        With the name of the file.
+    """
+    count = source.shape[source.axes.index("C")] if "C" in source.axes else 1
+    try:
+        to_channels(np.zeros((1, 1, count), np.float32), channels)
+    except DataError as error:
+        raise DataError(f"{source.where}: {str(error).removeprefix('image: ')}") from None
+
+
 def _locate_both(images: Any, labels: Any) -> tuple[list[Any], list[Any]]:
     errors: list[str] = []
     found: list[list[Any]] = []
@@ -251,7 +279,11 @@ def _locate(location: Any, what: str) -> list[Any]:
             raise DataError(f"{what}: none given; give a folder, a glob, or a list of files or arrays")
         return [location]
     path = Path(location).expanduser()
-    if path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise DataError(f"{what}: {location} cannot be opened ({error.strerror}); give a folder or a glob") from None
+    if there:
         return _list_folder(path, what) if path.is_dir() and file_kind(path) is None else [path]
     if glob.has_magic(str(location)):
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))

@@ -11,6 +11,7 @@ from napari_resfinetune.errors import ModelError
 from napari_resfinetune.models import upstream
 from napari_resfinetune.models.names import (
     ARCHITECTURES,
+    KNOWN_MODELS,
     RANDOM_NAMES,
     RANDOM_PREFIX,
     decoder_path_in_cache,
@@ -94,11 +95,9 @@ def _looks_like_path(model: str) -> bool:
 
 def _unknown(model: str) -> str:
     near = near_names(model)
-    hint = f"did you mean {' or '.join(repr(name) for name in near)}? " if near else ""
-    return (
-        f"model '{model}': not a known name and no such file; {hint}'resfinetune models' lists the names, "
-        "or give the path of a checkpoint or run folder"
-    )
+    names = ", ".join(known.name for known in KNOWN_MODELS)
+    hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else f"the names are {names}"
+    return f"model '{model}': not a known name and no such file; {hint}; or give the path of a checkpoint or run folder"
 
 
 def _download(name: str) -> tuple[Path, Path | None]:

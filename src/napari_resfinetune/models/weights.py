@@ -253,7 +253,9 @@ def _must_be_file(path: Path) -> None:
 
 def _say_unpickling(path: Path, message: str) -> str:
     wanted = re.search(r"GLOBAL:? ([\w.]+)", message)
-    if wanted or "nsupported operand" in message or "nsupported class" in message:
+    with path.open("rb") as file:
+        pickled = zipfile.is_zipfile(path) or file.read(1) == pickle.PROTO
+    if wanted or (pickled and ("nsupported operand" in message or "nsupported class" in message)):
         what = f" (it wants {wanted[1]})" if wanted else ""
         return f"{path}: would run code when opened{what}, so it was not opened; if you trust it, {_HOW_TO_EXPORT}"
     return f"{path}: not a checkpoint; expected a file written by torch.save or a .safetensors file"

@@ -173,6 +173,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read ({error}); the checkpoint is damaged") from None
+    if not isinstance(state, dict):
+        raise ModelError(f"{path}: holds a {type(state).__name__}; the checkpoint is damaged")
     if state.get("format") != FORMAT:
         raise ModelError(f"{path}: format {state.get('format')}; this version reads format {FORMAT}")
     return state

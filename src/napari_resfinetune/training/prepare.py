@@ -12,11 +12,11 @@ import torch
 
 from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.data.doctor import CheckReport, check_pairs
-from napari_resfinetune.data.pairs import Pair, Pairs, find_pairs
+from napari_resfinetune.data.pairs import Pair, find_pairs, join_held_out
 from napari_resfinetune.data.patches import TrainingPatches, ValidationPatches, measure_scalings
 from napari_resfinetune.data.scaling import Scaling
 from napari_resfinetune.data.split import Split, split_pairs, whole_regions
-from napari_resfinetune.errors import ConfigError
+from napari_resfinetune.errors import ConfigError, DataError
 from napari_resfinetune.models import (
     ModelLocation,
     TrainableReport,
@@ -116,10 +116,9 @@ def open_data(config: FinetuneConfig, images: Any = None, labels: Any = None) ->
         )
         return OpenedData(found.pairs, split, report)
     held_out = find_pairs(data.validation_images, data.validation_labels, **options)
-    both = Pairs(found.pairs + held_out.pairs, found.problems + held_out.problems)
+    both = join_held_out(found, held_out)
     report = check_pairs(both, patch_px=data.patch_px, min_object_px=data.min_object_px)
     report.raise_for_errors()
-    _refuse_shared_images(found, held_out)
     count = len(found.pairs) if data.max_images is None else min(data.max_images, len(found.pairs))
     split = Split(
         "given",
@@ -127,6 +126,9 @@ def open_data(config: FinetuneConfig, images: Any = None, labels: Any = None) ->
         whole_regions(both.pairs, range(len(found.pairs), len(both.pairs))),
         f"{count} images to train on, {len(held_out.pairs)} held out, as given",
     )
+    empty = [name for name, part in (("images", split.train), ("held-out images", split.validation)) if not part]
+    if empty:
+        raise DataError(*(f"{name}: no labelled object in any of them; label some objects" for name in empty))
     return OpenedData(both.pairs, split, report)
 
 
@@ -221,15 +223,6 @@ def make_job(
         workers=setup.workers,
     )
     return job, report, scalings
-
-
-def _refuse_shared_images(training: Pairs, held_out: Pairs) -> None:
-    paths = {pair.image.path.resolve() for pair in training.pairs if pair.image.path is not None}
-    shared = [p.image.path for p in held_out.pairs if p.image.path is not None and p.image.path.resolve() in paths]
-    if shared:
-        raise ConfigError(
-            *(f"{path}: is both a training and a held-out image; remove it from one of the two" for path in shared)
-        )
 
 
 def _workers(config: FinetuneConfig, device: str) -> int:

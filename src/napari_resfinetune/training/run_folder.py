@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,22 @@ class RunFolder:
         new.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(new, self.path / name)
 
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file; `None` when it is not there.
+
+        Raises
+        ------
+        ConfigError
+            When it is damaged.
+        """
+        path = self.path / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error}); restore it, or start a new run") from None
+
 
 def check_output(output: Path) -> None:
     """Refuse an output folder that holds something, or cannot be written.
@@ -77,16 +94,33 @@ def check_output(output: Path) -> None:
     ConfigError
         With what is there, and what to do.
     """
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output}: is a file; output must be a new or empty folder")
+    check_writable(output)
     if output.is_dir() and any(output.iterdir()):
         hint = " or go on with: resfinetune resume" if (output / "config.yaml").is_file() else ""
         raise ConfigError(
             f"{output}: already holds files, and nothing is overwritten; choose another output folder{hint}"
         )
-    parent = next((folder for folder in (output, *output.absolute().parents) if folder.exists()), Path("/"))
-    if not os.access(parent, os.W_OK):
-        raise ConfigError(f"{output}: {parent} cannot be written to; choose another output folder")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that is not there and cannot be made, or that cannot be written to.
+
+    Raises
+    ------
+    ConfigError
+        With what is in the way.
+    """
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            what = "is a file" if existing == folder else f"{existing.name} is a file, not a folder"
+            raise ConfigError(f"{folder}: {what}; output must be a new or empty folder")
+        # Rights alone do not tell: the file system may be read-only, and the superuser has all of them.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{folder}: cannot be written to ({reason}); choose another output folder") from None
 
 
 def create_run(output: Path, config: FinetuneConfig) -> RunFolder:
@@ -166,11 +200,11 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["epoch"].isdigit()]
+        return [row for row in csv.DictReader(file) if (row.get("epoch") or "").isdigit()]
 
 
 def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, METRICS)
+        writer = csv.DictWriter(file, METRICS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
