@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import bad_input
 
 # A process of its own costs seconds; these three show that the installed command behaves as the verbs called here.
-IN_A_PROCESS = ("images and labels swapped", "unknown option", "pickle with code in it")
+IN_A_PROCESS = ("images and labels swapped", "unknown option", "output with files in it")
 
 
 def by_name(name: str) -> bad_input.Case:

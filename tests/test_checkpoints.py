@@ -118,11 +118,17 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, trained, monkeypatch)
     folder = tmp_path / "latest"
     save_checkpoint(folder, trained[0], Progress(epoch=1), *trained[1:])
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+    for where, error in (
+        ("torch.save", RuntimeError("unexpected pos 64 vs 0")),
+        ("napari_resfinetune.models.weights.save_file", OSError(28, "No space left on device")),
+    ):
 
-    monkeypatch.setattr(checkpoints.torch, "save", full)
-    with pytest.raises(ResourceError, match="No space left on device"):
-        save_checkpoint(folder, trained[0], Progress(epoch=2), *trained[1:])
-    assert checkpoints.read_state(folder)["epoch"] == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest"]
+        def full(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(where, full)
+        with pytest.raises(ResourceError, match="free disk space"):
+            save_checkpoint(folder, trained[0], Progress(epoch=2), *trained[1:])
+        monkeypatch.undo()
+        assert checkpoints.read_state(folder)["epoch"] == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest"]

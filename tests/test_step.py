@@ -221,8 +221,9 @@ def test_the_weight_scales_gradients_and_samples_add_up():
     assert_same(gradients(model), {name: gradient / 2 for name, gradient in whole.items()})
 
 
-def test_part_of_the_field_of_view_costs_a_part_and_still_trains():
-    model, _ = small_model("vit_t")
+@pytest.mark.parametrize("architecture", ["vit_b", "vit_t"])
+def test_part_of_the_field_of_view_costs_a_part_and_still_trains(architecture):
+    model, _ = small_model(architecture)
     patch = sample()
     small = Patch(patch.image[:, :24, :24], patch.labels[:24, :24], patch.targets[:, :24, :24], 0)
     losses = backward_sample(model, small, plan(small, 0), StepSettings(input_px=48), train_instances=True)

@@ -83,7 +83,7 @@ def test_a_run_leaves_what_the_contract_says(cells, tmp_path):
         "model.pt",
     ):
         assert (out / name).is_file(), name
-    for name in ("latest", "best", "epoch-0001"):
+    for name in ("latest", "best", "epoch-0002"):
         assert (out / "checkpoints" / name / "model.safetensors").is_file(), name
     kinds = [type(event) for event in events]
     assert kinds.count(Step) == 6
@@ -212,6 +212,9 @@ def test_early_stopping_ends_a_run_that_gets_no_better(cells, tmp_path):
     )
     assert result.status == "early_stopped"
     assert sum(isinstance(event, EpochEnded) for event in events) == result.best_epoch + 3
+    again: list[Event] = []
+    assert rf.resume(tmp_path / "run", on_event=again.append).status == "early_stopped"
+    assert not any(isinstance(event, Step) for event in again)
 
 
 def test_nothing_is_overwritten_and_a_refused_run_leaves_nothing(cells, tmp_path):
@@ -237,3 +240,19 @@ def test_arrays_train_without_any_file(cells, tmp_path):
     with pytest.raises(rf.ConfigError, match="arrays"):
         rf.resume(tmp_path / "run")
     assert rf.resume(tmp_path / "run", images, labels).status == "finished"
+
+
+def test_a_run_is_continued_with_its_own_settings_or_not_at_all(cells, tmp_path, monkeypatch):
+    monkeypatch.chdir(cells)
+    settings = {**SMALL, "training": {**TRAINING, "epochs": 1, "samples_per_epoch": 2}}
+    rf.train("images", "labels", model="start.pt", output=tmp_path / "run", **settings)
+    monkeypatch.chdir(tmp_path)
+    assert rf.resume("run").status == "finished"
+    images, labels, model = cells / "images", cells / "labels", cells / "start.pt"
+    again = rf.train(images, labels, model=model, output="run", resume=True, **settings)
+    assert again.status == "finished"
+    with pytest.raises(rf.ConfigError, match=r"another data\.images"):
+        rf.train(labels, labels, output="run", resume=True)
+    for changed in ({"data": {"patch_px": 80}}, {"training": {**settings["training"], "seed": 5}}):
+        with pytest.raises(rf.ConfigError, match="holds a run with another"):
+            rf.train(images, labels, model=model, output="run", resume=True, **{**settings, **changed})

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from napari_resfinetune.config import FinetuneConfig, as_config, make_config, merge
+from napari_resfinetune.config import FinetuneConfig, as_config, make_config, merge, not_given
 from napari_resfinetune.errors import ConfigError, ResFinetuneError
 from napari_resfinetune.events import Event, Failed, Finished, Message, Status, StopToken
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from napari_resfinetune.data.doctor import CheckReport
     from napari_resfinetune.evaluation import Evaluation
     from napari_resfinetune.models import SamModel
+    from napari_resfinetune.training.loop import TrainingJob
     from napari_resfinetune.training.prepare import OpenedData, Setup
 
 OnEvent = Callable[[Event], None]
@@ -94,32 +94,35 @@ def train(
     ConfigError, DataError, ModelError, ResourceError, TrainingError
         Before anything is written wherever possible.
     """
+    with_settings = bool(settings) or isinstance(images, FinetuneConfig)
     config, images, labels = as_config(images, labels, output, settings)
     output = config.output
     if output is None:
-        raise ConfigError("output: not given; name a new folder for the run, as in --output runs/my-cells")
+        problem = "output: not given; name a new folder for the run, as in --output runs/my-cells"
+        raise ConfigError(problem, *not_given(config, images, labels))
     if resume and (output / "config.yaml").is_file():
         from napari_resfinetune.training.run_folder import open_run
 
-        changed = settings or isinstance(images, FinetuneConfig)
-        _, written = open_run(output)
-        return _continue(written if not changed else _same_run(written, config), images, labels, on_event, stop)
-    from napari_resfinetune.training.prepare import choose_setup, open_data, settle
-    from napari_resfinetune.training.run_folder import check_output, create_run
+        written = open_run(output)[1].model_copy(update={"output": output})
+        return _continue(_same_run(written, config, whole=with_settings), images, labels, on_event, stop)
+    from napari_resfinetune.training.run_folder import RunFolder, check_output, create_run
 
     check_output(output)
     from napari_resfinetune.models import resolve_model
     from napari_resfinetune.planning import environment_report, probe_hardware
+    from napari_resfinetune.training.prepare import choose_setup, make_job, open_data, settle
 
     data = open_data(config, images, labels)
     hardware = probe_hardware()
     setup = choose_setup(config, hardware)
     config = settle(config, setup, resolve_model(config.model))
+    # A model that cannot be used leaves no run folder behind.
+    job, learning, _ = make_job(config, RunFolder(output), data, setup)
     run = create_run(output, config)
     run.write_json("environment.json", environment_report(hardware))
     run.write_json("plan.json", setup.to_dict())
     run.write_json("split.json", data.split.to_dict(data.pairs))
-    return _run(config, data, setup, on_event, stop, resume=False)
+    return _run(job, _opening(data, setup, learning), on_event, stop, resume=False)
 
 
 def resume(
@@ -179,16 +182,18 @@ def check(images: Any = None, labels: Any = None, **settings: Any) -> CheckRepor
         When there is nothing to look at.
     """
     from napari_resfinetune.data.doctor import check_pairs
-    from napari_resfinetune.data.pairs import find_pairs
+    from napari_resfinetune.data.pairs import find_pairs, join_held_out
 
     config, images, labels = as_config(images, labels, None, settings)
     data = config.data
     images, labels = images if images is not None else data.images, labels if labels is not None else data.labels
-    if images is None or labels is None:
-        raise ConfigError("images and labels: both are needed, as in --images cells/ --labels masks/")
-    pairs = find_pairs(
-        images, labels, image_key=data.image_key, label_key=data.label_key, axes=data.axes, channels=data.channels
-    )
+    missing = not_given(config, images, labels)
+    if missing:
+        raise ConfigError(*missing)
+    where: dict[str, Any] = data.model_dump(include={"image_key", "label_key", "axes", "channels"})
+    pairs = find_pairs(images, labels, **where)
+    if data.validation_images is not None:
+        pairs = join_held_out(pairs, find_pairs(data.validation_images, data.validation_labels, **where))
     return check_pairs(pairs, patch_px=data.patch_px, min_object_px=data.min_object_px)
 
 
@@ -261,13 +266,14 @@ def segment_many(
     labels
         As `segment` returns.
     """
-    from napari_resfinetune.data.pairs import find_images
+    from napari_resfinetune.data.pairs import check_channels, find_images
     from napari_resfinetune.inference import check_mode, segment_source
 
     check_mode(mode)
     sources = find_images(images, image_key=options.pop("image_key", None), axes=options.pop("axes", None))
     loaded = _loaded(model, [mode], device)
     settings = _inference_settings(loaded, device, options)
+    check_channels(sources, settings["channels"])
     for source in sources:
         yield source.name, segment_source(loaded, source, mode=mode, **settings)
 
@@ -295,7 +301,7 @@ def evaluate(
     on_progress
         Called with images done, images in all, and the name of the next.
     **options
-        As for `segment`.
+        As for `segment`, and ``image_key``, ``label_key``, ``min_object_px``.
 
     Returns
     -------
@@ -309,10 +315,15 @@ def evaluate(
     check_modes(modes)
     where = {name: options.pop(name, None) for name in ("image_key", "label_key", "axes")}
     pairs = find_pairs(images, labels, channels=options.get("channels"), **where)
-    check_pairs(pairs).raise_for_errors()
+    min_object_px = options.pop("min_object_px", 25)
+    before = check_pairs(pairs, min_object_px=min_object_px)
+    # Which channels to look at is the model's to say, so that alone is judged once it is loaded.
+    replace(before, errors=tuple(problem for problem in before.errors if problem.code != "channels")).raise_for_errors()
     loaded = _loaded(model, modes, device)
     settings = _inference_settings(loaded, device, options)
-    settings.pop("channels")
+    channels = settings.pop("channels")
+    pairs = replace(pairs, pairs=tuple(replace(pair, channels=channels) for pair in pairs.pairs))
+    check_pairs(pairs, min_object_px=min_object_px).raise_for_errors()
     return evaluate_model(loaded, pairs, modes=tuple(modes), on_progress=on_progress, **settings)
 
 
@@ -323,51 +334,63 @@ def doctor() -> dict[str, Any]:
     return doctor_report()
 
 
-def _same_run(written: FinetuneConfig, asked: FinetuneConfig) -> FinetuneConfig:
-    """Let a resumed run differ from what is written in its number of epochs and in resources only."""
-    objects = asked.training.objects if asked.training.objects is not None else written.training.objects
-    training = asked.training.model_copy(update={"epochs": written.training.epochs, "objects": objects})
-    if training != written.training or asked.strategy != written.strategy or asked.model != written.model:
-        raise ConfigError(
-            f"{asked.output}: holds a run with other settings; choose another output folder, "
-            "or resume it with the settings that its config.yaml names"
-        )
-    return written.model_copy(
-        update={
-            "training": written.training.model_copy(update={"epochs": asked.training.epochs}),
-            "resources": asked.resources,
+def _same_run(written: FinetuneConfig, asked: FinetuneConfig, *, whole: bool) -> FinetuneConfig:
+    """Let a resumed run differ from what is written in its number of epochs and in resources only.
+
+    `whole` says whether `asked` holds settings at all, or paths of the data only.
+    """
+    data = asked.data.with_absolute_paths()
+    named = {name: getattr(data, name) for name in ("images", "labels") if getattr(data, name) is not None}
+    differs = [f"data.{name}" for name, value in named.items() if value != getattr(written.data, name)]
+    if whole:
+        objects = asked.training.objects if asked.training.objects is not None else written.training.objects
+        training = asked.training.model_copy(update={"epochs": written.training.epochs, "objects": objects})
+        kept = {name: getattr(written.data, name) for name in ("images", "labels")}
+        pairs = {
+            "data": (data.model_copy(update=kept), written.data),
+            "model": (asked.model, written.model)
+            if not Path(asked.model).exists()
+            else (str(Path(asked.model).absolute()), written.model),
+            "strategy": (asked.strategy, written.strategy),
+            "training": (training, written.training),
         }
-    )
+        differs += [name for name, (now, before) in pairs.items() if now != before]
+    if differs:
+        raise ConfigError(
+            f"{written.output}: holds a run with another {' and another '.join(differs)}; choose another folder, "
+            "or resume it with what its config.yaml names"
+        )
+    if not whole:
+        return written
+    epochs = written.training.model_copy(update={"epochs": asked.training.epochs})
+    return written.model_copy(update={"training": epochs, "resources": asked.resources})
 
 
 def _continue(
     config: FinetuneConfig, images: Any, labels: Any, on_event: OnEvent | None, stop: StopToken | None
 ) -> TrainResult:
     from napari_resfinetune.planning import probe_hardware
-    from napari_resfinetune.training.prepare import choose_setup, open_data
+    from napari_resfinetune.training.prepare import check_same_split, choose_setup, make_job, open_data
+    from napari_resfinetune.training.run_folder import RunFolder
 
     if config.data.images is None and images is None:
         raise ConfigError(f"{config.output}: the run was given arrays; resume it from Python with the same arrays")
+    run = RunFolder(Path(str(config.output)))
     data = open_data(config, images, labels)
-    return _run(config, data, choose_setup(config, probe_hardware()), on_event, stop, resume=True)
+    check_same_split(run.read_json("split.json"), data, run)
+    setup = choose_setup(config, probe_hardware())
+    job, learning, _ = make_job(config, run, data, setup)
+    return _run(job, _opening(data, setup, learning), on_event, stop, resume=True)
 
 
 def _run(
-    config: FinetuneConfig,
-    data: OpenedData,
-    setup: Setup,
-    on_event: OnEvent | None,
-    stop: StopToken | None,
-    *,
-    resume: bool,
+    job: TrainingJob, opening: Iterable[str], on_event: OnEvent | None, stop: StopToken | None, *, resume: bool
 ) -> TrainResult:
     from napari_resfinetune.training.checkpoints import find_checkpoint
     from napari_resfinetune.training.loop import Trainer
-    from napari_resfinetune.training.prepare import make_job
-    from napari_resfinetune.training.run_folder import RunFolder, RunLog
+    from napari_resfinetune.training.run_folder import RunLog
 
-    run = RunFolder(Path(str(config.output)))
-    job, report, _ = make_job(config, run, data, setup)
+    run = job.run
     trainer = Trainer(job, resume=resume)
     log = RunLog(run, first_epoch=trainer.progress.epoch)
     finished = None
@@ -378,7 +401,7 @@ def _run(
             on_event(event)
 
     try:
-        for text in _opening(data, setup, report):
+        for text in opening:
             tell(Message(text))
         for event in trainer.run(stop or StopToken()):
             tell(event)
@@ -391,9 +414,8 @@ def _run(
         log.close()
     if finished is None:
         raise RuntimeError("the trainer ended without saying how")
-    best_metric = finished.best_metric if math.isfinite(finished.best_metric) else None
     return TrainResult(
-        run.path, finished.status, finished.best_epoch, best_metric, finished.peak_memory_gb, finished.seconds
+        run.path, finished.status, finished.best_epoch, finished.best_metric, finished.peak_memory_gb, finished.seconds
     )
 
 
@@ -411,7 +433,7 @@ def _opening(data: OpenedData, setup: Setup, report: Any) -> Iterator[str]:
 def _loaded(model: str | Path | SamModel, modes: Sequence[str], device: str) -> SamModel:
     if not isinstance(model, str | Path):
         return model
-    return load_model(model, device=device, decoder="required" if "ais" in modes else "none")
+    return load_model(model, device=device, decoder="required" if {"ais", "apg"} & set(modes) else "none")
 
 
 def _inference_settings(model: SamModel, device: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -427,9 +449,10 @@ def _inference_settings(model: SamModel, device: str, options: Mapping[str, Any]
         )
     defaults = DataConfig()
     trained = model.meta
+    channels = options.get("channels", trained.get("channels"))
     actual = str(next(model.parameters()).device.type)
     return {
-        "channels": options.get("channels", trained.get("channels")),
+        "channels": tuple(channels) if channels is not None else None,
         "percentiles": tuple(options.get("percentiles") or trained.get("percentiles") or defaults.percentiles),
         "patch_px": options.get("patch_px") or trained.get("patch_px") or defaults.patch_px,
         "precision": DTYPES[choose_precision("auto", actual, probe_hardware()).name],

@@ -108,7 +108,7 @@ class Finished(Event):
 
     status: Status
     best_epoch: int
-    best_metric: float
+    best_metric: float | None
     peak_memory_gb: float
     seconds: float
 

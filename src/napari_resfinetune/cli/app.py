@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from napari_resfinetune import api
@@ -33,21 +34,29 @@ app = typer.Typer(
 )
 
 Images = Annotated[
-    list[str] | None, typer.Option("--images", "-i", help="Folder, glob or files with images; repeat for more.")
+    list[str] | None,
+    typer.Option("--images", "-i", metavar="PATH", help="Folder, glob or files with images; repeat for more."),
 ]
 Labels = Annotated[
     list[str] | None,
-    typer.Option("--labels", "-l", help="Folder, glob or files with labels, one id per object; paired by file stem."),
+    typer.Option(
+        "--labels",
+        "-l",
+        metavar="PATH",
+        help="Folder, glob or files with labels, one id per object; paired by file stem.",
+    ),
 ]
-Model = Annotated[str, typer.Option("--model", "-m", help="Model name, checkpoint or run folder.")]
+Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Model name, checkpoint or run folder.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Any configuration key, as in --set training.epochs=20; repeat for more."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Any configuration key, as in --set training.epochs=20; repeat for more."
+    ),
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")]
 
 
 @app.command()
@@ -85,15 +94,24 @@ def check(images: Images = None, labels: Labels = None, set_: Set = None, as_jso
 
 @app.command()
 def train(
-    config: Annotated[Path | None, typer.Argument(help="Configuration as YAML; options below go over it.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.yaml", help="Configuration as YAML; options below go over it.")
+    ] = None,
     images: Images = None,
     labels: Labels = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Start from this name, checkpoint or run folder.")
+        str | None,
+        typer.Option("--model", "-m", metavar="MODEL", help="Start from this name, checkpoint or run folder."),
     ] = None,
-    strategy: Annotated[str | None, typer.Option("--strategy", "-s", help="What learns: full or frozen.")] = None,
-    preset: Annotated[str | None, typer.Option("--preset", "-p", help="Hardware preset, or auto.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="New folder for the run.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", "-s", metavar="NAME", help="What learns: full or frozen.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", "-p", metavar="NAME", help="Hardware preset, or auto.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="RUN", help="New folder for the run.")
+    ] = None,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -119,7 +137,7 @@ def train(
 
 @app.command()
 def resume(
-    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
     epochs: Annotated[int | None, typer.Option(help="A new number of epochs.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -134,8 +152,12 @@ def resume(
 def segment(
     images: Images = None,
     model: Model = "vit_b_lm",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for one label TIFF per image.")] = None,
-    mode: Annotated[str, typer.Option(help="ais (instance decoder) or amg (grid of points).")] = "ais",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for one label TIFF per image.")
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(metavar="NAME", help="ais or apg (with the instance decoder), or amg (grid of points).")
+    ] = "ais",
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace label files that are there.")] = False,
     set_: Set = None,
@@ -155,7 +177,7 @@ def segment(
             path = output / f"{name}.tif"
             output.mkdir(parents=True, exist_ok=True)
             write_labels(found, path)
-            count = len(set(found.ravel().tolist()) - {0})
+            count = int(np.count_nonzero(np.unique(found)))
             written.append({"image": name, "labels": str(path), "objects": count})
             errors.print(f"{done} of {len(names)}: {name}, {count} objects")
         if as_json:
@@ -170,20 +192,27 @@ def evaluate(
     labels: Labels = None,
     model: Model = "vit_b_lm",
     mode: Annotated[
-        list[str] | None, typer.Option(help="ais, amg, box or point; repeat for more. Default: ais.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="ais, apg, amg, box or point; repeat for more. Default: ais."),
     ] = None,
     device: Device = "auto",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write one line per image as CSV.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write one line per image as CSV.")
+    ] = None,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a model on labelled images: SA50, SA75 and mSA per image and as a mean."""
+    from napari_resfinetune.training.run_folder import check_writable
+
     with plain_errors():
         data = _config(None, {"data": _data(images, labels)}, set_).data
         if data.images is None or data.labels is None:
             raise ConfigError("evaluate: --images and --labels are both needed")
         if output is not None and output.exists():
             raise ConfigError(f"{output}: exists already and is not overwritten; name another file")
+        if output is not None:
+            check_writable(output.parent)
         found = api.evaluate(
             data.images,
             data.labels,
@@ -192,7 +221,8 @@ def evaluate(
             device=device,
             on_progress=lambda done, total, name: errors.print(f"{done} of {total}: {name}"),
             **_inference(data, set_),
-            **({"label_key": data.label_key} if data.label_key else {}),
+            label_key=data.label_key,
+            min_object_px=data.min_object_px,
         )
         if output is not None:
             _write_rows(output, found.rows)
@@ -226,9 +256,9 @@ def evaluate(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for images, run and picture.")] = Path(
-        "resfinetune-demo"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="New folder for images, run and picture.")
+    ] = Path("resfinetune-demo"),
     as_json: AsJson = False,
 ) -> None:
     """Make sample images, finetune on them for a few minutes, and show what it brought. Needs no network."""
@@ -262,11 +292,16 @@ def _inference(data: Any, overrides: list[str] | None) -> dict[str, Any]:
 
 def _free_names(images: Any, output: Path, overwrite: bool, data: Any) -> list[str]:
     from napari_resfinetune.data.pairs import find_images
+    from napari_resfinetune.training.run_folder import check_writable
 
-    names = [source.name for source in find_images(images, image_key=data.image_key, axes=data.axes)]
+    check_writable(output)
+    sources = find_images(images, image_key=data.image_key, axes=data.axes)
+    names = [source.name for source in sources]
+    own = {source.path.resolve() for source in sources if source.path is not None}
     taken = [str(output / f"{name}.tif") for name in names if (output / f"{name}.tif").exists()]
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output}: is a file; --output must be a folder")
+    replaced = [path for path in taken if Path(path).resolve() in own]
+    if replaced:
+        raise ConfigError(f"{replaced[0]}: is one of the images, and is never replaced; choose another folder")
     if taken and not overwrite:
         raise ConfigError(
             f"{taken[0]}: exists already ({len(taken)} such files); add --overwrite or choose another folder"
@@ -275,6 +310,7 @@ def _free_names(images: Any, output: Path, overwrite: bool, data: Any) -> list[s
 
 
 def _write_rows(path: Path, rows: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "plane", "mode", "sa50", "sa75", "msa", "n_true", "n_pred"])

@@ -1,6 +1,6 @@
 """Floor 0: what a run is, without torch and without Qt."""
 
-from napari_resfinetune.config.arguments import as_config
+from napari_resfinetune.config.arguments import as_config, not_given
 from napari_resfinetune.config.files import make_config, merge, parse_overrides, read_config, read_yaml, write_config
 from napari_resfinetune.config.schema import (
     AugmentConfig,
@@ -25,6 +25,7 @@ __all__ = [
     "as_config",
     "make_config",
     "merge",
+    "not_given",
     "parse_overrides",
     "read_config",
     "read_yaml",

@@ -60,6 +60,19 @@ def as_config(
     return config, None if "images" in named else images, None if "labels" in named else labels
 
 
+def not_given(config: FinetuneConfig, images: Any, labels: Any) -> list[str]:
+    """Return a problem for each of images and labels that neither the configuration nor an argument names."""
+    given = {
+        "images": config.data.images if images is None else images,
+        "labels": config.data.labels if labels is None else labels,
+    }
+    return [
+        f"{name}: not given; name a folder, a glob or files, as in --images cells/ --labels masks/"
+        for name, value in given.items()
+        if value is None
+    ]
+
+
 def _location(value: Any) -> Any:
     """Return paths as strings for the configuration, and `None` for arrays."""
     if isinstance(value, str | Path):

@@ -56,6 +56,17 @@ class DataConfig(_Frozen):
     min_object_px: PositiveInt = Field(25, description="smaller objects are not trained on, in pixels")
     augment: AugmentConfig = AugmentConfig()
 
+    def with_absolute_paths(self) -> DataConfig:
+        """Return the same data, named from any working directory."""
+        named = {}
+        for name in ("images", "labels", "validation_images", "validation_labels"):
+            value = getattr(self, name)
+            if value is not None:
+                paths = (value,) if isinstance(value, str) else value
+                absolute = tuple(str(Path(path).absolute()) for path in paths)
+                named[name] = absolute[0] if isinstance(value, str) else absolute
+        return self.model_copy(update=named)
+
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
         low, high = self.percentiles

@@ -167,7 +167,7 @@ def _layout(pair: Pair) -> Iterator[Problem]:
             fix += ", or set data.axes to CYX if the image has channels rather than slices"
         yield Problem("error", "axis-mismatch", labels.where, found, fix)
     try:
-        check_channels(image, pair.channels)
+        check_channels([image], pair.channels)
     except DataError as error:
         _, _, rest = str(error).partition(": ")
         found, _, fix = rest.rpartition("; ")

@@ -215,7 +215,7 @@ def to_channels(array: NDArray[Any], channels: tuple[int, ...] | None = None) ->
     if not 1 <= len(channels) <= 3 or not all(0 <= channel < count for channel in channels):
         raise DataError(
             f"image: data.channels is {list(channels)}, the image has {count} channel{'s' * (count != 1)}; "
-            f"choose 1 to 3 numbers from 0 to {count - 1}"
+            + (f"choose 1 to 3 numbers from 0 to {count - 1}" if count > 1 else "leave it out")
         )
     first = planes[..., channels[0]].astype(np.float32)
     if len(channels) == 1:
@@ -225,19 +225,23 @@ def to_channels(array: NDArray[Any], channels: tuple[int, ...] | None = None) ->
     return np.stack([first, second, third], axis=-1)
 
 
-def check_channels(source: ArraySource, channels: tuple[int, ...] | None) -> None:
-    """Check that `to_channels` can take the channels from an image, without reading it.
+def check_channels(sources: Sequence[ArraySource], channels: tuple[int, ...] | None) -> None:
+    """Check that `to_channels` can take the channels from images, without reading them.
 
     Raises
     ------
     DataError
-        With the name of the file.
+        With all images where it cannot.
     """
-    count = source.shape[source.axes.index("C")] if "C" in source.axes else 1
-    try:
-        to_channels(np.zeros((1, 1, count), np.float32), channels)
-    except DataError as error:
-        raise DataError(f"{source.where}: {str(error).removeprefix('image: ')}") from None
+    problems = []
+    for source in sources:
+        count = source.shape[source.axes.index("C")] if "C" in source.axes else 1
+        try:
+            to_channels(np.zeros((1, 1, count), np.float32), channels)
+        except DataError as error:
+            problems.append(f"{source.where}: {str(error).removeprefix('image: ')}")
+    if problems:
+        raise DataError(*problems)
 
 
 def _locate_both(images: Any, labels: Any) -> tuple[list[Any], list[Any]]:

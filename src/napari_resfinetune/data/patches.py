@@ -27,7 +27,7 @@ BLOCK_PX = 2048
 TRIES = 30
 # What SAM pads with: its mean colour, which is zero once normalised.
 PADDING_RGB = (123.675, 116.28, 103.53)
-VALIDATION_PATCHES_PER_REGION = 8
+VALIDATION_PATCHES_PER_REGION, VALIDATION_PATCHES = 8, 64
 
 
 class Patch(NamedTuple):
@@ -141,9 +141,10 @@ class TrainingPatches(_Patches):
     def __getitem__(self, index: int) -> Patch:
         epoch, position = divmod(index, self.samples_per_epoch)
         order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.by_image))
-        regions = self.by_image[order[position % len(order)]]
         rng = np.random.default_rng([self.seed, 2, index])
-        for _ in range(TRIES):
+        for attempt in range(TRIES * len(order)):
+            # An image that holds no object large enough leaves its turn to the next one.
+            regions = self.by_image[order[(position + attempt // TRIES) % len(order)]]
             region = regions[rng.integers(len(regions))]
             window = self._place(region, rng)
             if window is None:
@@ -152,15 +153,13 @@ class TrainingPatches(_Patches):
             patch = self._finish(image, labels, index)
             if patch is not None:
                 return patch
-        name = self.pairs[regions[0].pair].name
         raise DataError(
-            f"{name}: no patch holds an object of {self.data.min_object_px} px or more; "
-            "lower data.min_object_px, or leave this image out"
+            f"no training image has an object of {self.data.min_object_px} px or more; lower data.min_object_px"
         )
 
     def _place(self, region: Region, rng: np.random.Generator) -> Window | None:
         if region not in self._positions:
-            self._positions[region] = object_positions(self.pairs[region.pair], region)
+            self._positions[region] = object_positions(self.pairs[region.pair], region, self.data.min_object_px)
         positions = self._positions[region]
         if len(positions) == 0:
             return None
@@ -186,7 +185,8 @@ class ValidationPatches(_Patches):
         with_targets: bool = True,
     ) -> None:
         super().__init__(pairs, data, scalings, with_targets)
-        self.windows = tuple(window for region in regions for window in self._tile(region))
+        windows = [window for region in regions for window in self._tile(region)]
+        self.windows = tuple(_spread(windows, VALIDATION_PATCHES))
         if not self.windows:
             names = sorted({self.pairs[region.pair].name for region in regions})
             raise DataError(
@@ -207,10 +207,7 @@ class ValidationPatches(_Patches):
         size = self.data.patch_px
         windows = [Window(region, y, x) for y in _tiles(region.y, size) for x in _tiles(region.x, size)]
         keep = [window for window in windows if self._holds_object(window)]
-        if len(keep) > VALIDATION_PATCHES_PER_REGION:
-            chosen = np.linspace(0, len(keep) - 1, VALIDATION_PATCHES_PER_REGION).round().astype(int)
-            keep = [keep[i] for i in chosen]
-        return keep
+        return _spread(keep, VALIDATION_PATCHES_PER_REGION)
 
     def _holds_object(self, window: Window) -> bool:
         _, labels = self._read(window)
@@ -271,16 +268,23 @@ def instance_targets(labels: NDArray[np.int64], min_object_px: int) -> NDArray[n
     return targets if targets[0].any() else None
 
 
-def object_positions(pair: Pair, region: Region) -> NDArray[np.int64]:
-    """Return one pixel of every object in a region, "NC" with C = (y, x), reading the labels block by block."""
+def object_positions(pair: Pair, region: Region, min_object_px: int) -> NDArray[np.int64]:
+    """Return one pixel of every object of some size, "NC" with C = (y, x), reading the labels block by block."""
     found = [np.zeros((0, 2), np.int64)]
     for y in _tiles(region.y, BLOCK_PX):
         for x in _tiles(region.x, BLOCK_PX):
             block = read_plane(pair.labels, region.plane, (slice(*y), slice(*x)))
-            ids, first = np.unique(block, return_index=True)
-            rows, columns = np.unravel_index(first[ids != 0], block.shape)
+            ids, first, sizes = np.unique(block, return_index=True, return_counts=True)
+            rows, columns = np.unravel_index(first[(ids != 0) & (sizes >= min_object_px)], block.shape)
             found.append(np.stack([rows + y[0], columns + x[0]], axis=1))
     return np.concatenate(found)
+
+
+def _spread(windows: list[Window], most: int) -> list[Window]:
+    """Return at most so many, evenly spread."""
+    if len(windows) <= most:
+        return windows
+    return [windows[i] for i in np.linspace(0, len(windows) - 1, most).round().astype(int)]
 
 
 def _tiles(span: tuple[int, int], size: int) -> list[tuple[int, int]]:

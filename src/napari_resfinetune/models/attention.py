@@ -92,7 +92,9 @@ def _is_vit(image_encoder: nn.Module) -> bool:
 def _encode_vit(image_encoder: Any, x: Tensor, *, checkpoint_blocks: bool, folded: bool) -> Tensor:
     x = image_encoder.patch_embed(x)
     if image_encoder.pos_embed is not None:
-        x = x + image_encoder.pos_embed
+        x = x + image_encoder.pos_embed[:, : x.shape[1], : x.shape[2]]
+    # segment-anything's own attention stretches the relative positions of a whole field over a part of it.
+    folded = folded or x.shape[1] * 16 < image_encoder.img_size
     for block in image_encoder.blocks:
         # A frozen block below all trainable ones keeps nothing, so there is nothing to compute again.
         trains = x.requires_grad or any(parameter.requires_grad for parameter in block.parameters())
@@ -116,8 +118,9 @@ def _run_block(block: Block, x: Tensor, folded: bool) -> Tensor:
 def _relative(table: Tensor, size: int) -> Tensor:
     """Look up the relative position of each query and key along one axis: (query, key, channel)."""
     distances = 2 * size - 1
-    if table.shape[0] != distances:
-        table = F.interpolate(table.t().unsqueeze(0), size=distances, mode="linear")[0].t()
+    if table.shape[0] > distances:  # a part of the field of view: the same distances, fewer of them
+        first = (table.shape[0] - distances) // 2
+        table = table[first : first + distances]
     places = torch.arange(size, device=table.device)
     return table[places[:, None] - places[None, :] + size - 1]
 

@@ -96,8 +96,8 @@ def _looks_like_path(model: str) -> bool:
 def _unknown(model: str) -> str:
     near = near_names(model)
     names = ", ".join(known.name for known in KNOWN_MODELS)
-    hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else f"the names are {names}"
-    return f"model '{model}': not a known name and no such file; {hint}; or give the path of a checkpoint or run folder"
+    hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else f"the names are {names};"
+    return f"model '{model}': not a known name and no such file; {hint} or give the path of a checkpoint or run folder"
 
 
 def _download(name: str) -> tuple[Path, Path | None]:

@@ -80,23 +80,41 @@ def save_checkpoint(
         if not math.isfinite(progress.best_metric):
             state["best_metric"] = None
         if optimizer is not None and scheduler is not None:
-            state["scheduler"] = scheduler.state_dict()
             torch.save(
                 {
+                    "scheduler": scheduler.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict() if scaler is not None else None,
                     "torch_rng": torch.get_rng_state(),
                 },
                 new / "optimizer.pt",
             )
-        (new / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        (new / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
         _replace(folder, new)
-    except OSError as error:
+    except (OSError, RuntimeError, ModelError) as error:  # torch and safetensors report a full disk in their own way
         shutil.rmtree(new, ignore_errors=True)
         raise ResourceError(
-            f"{folder}: the checkpoint could not be written ({error.strerror or error}); "
-            "free disk space or choose another output folder, then resume"
+            f"{folder}: the checkpoint could not be written ({error}); free disk space, then resume"
         ) from error
+
+
+def keep_checkpoint(folder: Path, name: str) -> Path:
+    """Copy a checkpoint to another name beside it, whole or not at all.
+
+    Raises
+    ------
+    ResourceError
+        When it cannot be written.
+    """
+    kept, new = folder.with_name(name), folder.with_name(f".{name}.new")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(folder, new)
+        _replace(kept, new)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise ResourceError(f"{kept}: the checkpoint could not be written ({error}); free disk space") from error
+    return kept
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -146,7 +164,7 @@ def load_training(
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        scheduler.load_state_dict(saved["scheduler"])
         if scaler is not None and saved["scaler"] is not None:
             scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["torch_rng"])

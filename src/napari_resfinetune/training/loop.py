@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from napari_resfinetune.planning.memory import peak_memory_gb, process_memory_gb
 from napari_resfinetune.training.checkpoints import (
     Progress,
     find_checkpoint,
+    keep_checkpoint,
     load_training,
     load_weights,
     save_checkpoint,
@@ -99,6 +100,7 @@ class Trainer:
         )
         self.scaler = GradScaler(self.device.type) if job.use_scaler else None
         self.progress = Progress()
+        self._clock = time.monotonic()
         latest = find_checkpoint(job.run.latest) if resume else None
         if latest is not None:
             load_weights(latest, job.model)
@@ -112,36 +114,46 @@ class Trainer:
         TrainingError
             When the loss is no longer a number.
         """
-        progress, before = self.progress, self.progress.seconds
-        started = time.monotonic()
+        progress = self.progress
+        self._clock = time.monotonic() - progress.seconds
         yield self._started()
-        status: Status = "stopped"
-        if progress.epoch >= self.plan.epochs:
-            status = "finished"
-        else:
-            for batch in self._loader():
-                if stop.stopped:
-                    yield self._save("latest")
-                    break
-                yield self._train_step(batch)
-                progress.seconds = before + time.monotonic() - started
-                if progress.step < self.steps_per_epoch:
-                    continue
+        status = self._ended()
+        for batch in self._loader() if status is None else ():
+            if stop.stopped:
+                status = "stopped"
+                yield self._save("latest")
+                break
+            yield self._train_step(batch)
+            if progress.step == self.steps_per_epoch:
                 yield from self._end_epoch()
-                if progress.epoch >= self.plan.epochs:
-                    status = "finished"
-                    break
-                patience = self.plan.early_stopping
-                if patience is not None and progress.epoch - 1 - progress.best_epoch >= patience:
-                    status = "early_stopped"
+                status = self._ended()
+                if status is not None:
                     break
         self.write_best()
         yield Finished(
-            status=status,
+            status=status or "finished",
             best_epoch=progress.best_epoch,
-            best_metric=progress.best_metric,
+            best_metric=progress.best_metric if progress.best_epoch >= 0 else None,
             peak_memory_gb=peak_memory_gb(),
             seconds=progress.seconds,
+        )
+
+    def _ended(self) -> Status | None:
+        """Say whether the run is over, between two epochs."""
+        progress, patience = self.progress, self.plan.early_stopping
+        if progress.epoch >= self.plan.epochs:
+            return "finished"
+        if progress.step == 0 and patience is not None and progress.epoch - 1 - progress.best_epoch >= patience:
+            return "early_stopped" if progress.best_epoch >= 0 else None
+        return None
+
+    def _fail(self, what: str) -> TrainingError:
+        """Save what was reached and return the error to raise."""
+        model = self.write_best()
+        saved = f"; the best model so far is {model}" if model else ""
+        return TrainingError(
+            f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}: {what} is no longer a number{saved}; "
+            "train again with a lower training.learning_rate or with resources.precision=fp32"
         )
 
     def write_best(self) -> Path | None:
@@ -186,6 +198,7 @@ class Trainer:
             num_workers=self.job.workers,
             collate_fn=list,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_interrupts_to_parent,
         )
 
     def _train_step(self, batch: Sequence[Patch]) -> Step:
@@ -208,10 +221,7 @@ class Trainer:
         ]
         loss = _mean([sample.total for sample in losses])
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"epoch {progress.epoch}, step {progress.step}: the loss is no longer a number; "
-                "lower training.learning_rate or set resources.precision=fp32, then resume from the last checkpoint"
-            )
+            raise self._fail("the loss")
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -229,11 +239,15 @@ class Trainer:
         )
         progress.step += 1
         progress.loss_sum += loss
+        progress.seconds = time.monotonic() - self._clock
         return event
 
     def _end_epoch(self) -> Iterator[Event]:
-        progress, started = self.progress, time.monotonic()
+        progress = self.progress
         metric, mask, instance = self._validate()
+        if not math.isfinite(metric):
+            raise self._fail("the validation metric")
+        progress.seconds = time.monotonic() - self._clock
         self.scheduler.step(metric)
         improved = metric < progress.best_metric
         if improved:
@@ -247,7 +261,7 @@ class Trainer:
             best_metric=progress.best_metric,
             best_epoch=progress.best_epoch,
             learning_rate=self.optimizer.param_groups[0]["lr"],
-            seconds=progress.seconds + time.monotonic() - started,
+            seconds=progress.seconds,
             peak_memory_gb=peak_memory_gb(),
         )
         progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
@@ -256,9 +270,8 @@ class Trainer:
             yield self._save("best")
         yield self._save("latest")
         if self.plan.keep_every and progress.epoch % self.plan.keep_every == 0:
-            kept = f"epoch-{ended.epoch:04d}"
-            shutil.copytree(self.job.run.latest, self.job.run.latest.with_name(kept), dirs_exist_ok=True)
-            yield Checkpointed(str(self.job.run.latest.with_name(kept)), kept, ended.epoch)
+            kept = keep_checkpoint(self.job.run.latest, f"epoch-{progress.epoch:04d}")
+            yield Checkpointed(str(kept), kept.name, ended.epoch)
 
     def _validate(self) -> tuple[float, float | None, float | None]:
         """Return the metric, the mean dice error of the masks and the mean loss of the instance decoder."""
@@ -299,6 +312,10 @@ class Trainer:
         else:
             save_checkpoint(folder, self.job.model, self.progress, self.optimizer, self.scheduler, self.scaler)
         return Checkpointed(str(folder), name, self.progress.epoch)
+
+
+def _leave_interrupts_to_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Batches:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from napari_resfinetune.config import FinetuneConfig
+from napari_resfinetune.config import FinetuneConfig, not_given
 from napari_resfinetune.data.doctor import CheckReport, check_pairs
 from napari_resfinetune.data.pairs import Pair, find_pairs, join_held_out
 from napari_resfinetune.data.patches import TrainingPatches, ValidationPatches, measure_scalings
@@ -91,13 +93,11 @@ def open_data(config: FinetuneConfig, images: Any = None, labels: Any = None) ->
         With every problem that stops training.
     """
     data = config.data
+    missing = not_given(config, images, labels)
+    if missing:
+        raise ConfigError(*missing)
     images = images if images is not None else data.images
     labels = labels if labels is not None else data.labels
-    if images is None or labels is None:
-        missing = " and ".join(name for name, value in (("images", images), ("labels", labels)) if value is None)
-        raise ConfigError(
-            f"{missing}: not given; name a folder, a glob or files, as in --images cells/ --labels masks/"
-        )
     options: Mapping[str, Any] = {
         "image_key": data.image_key,
         "label_key": data.label_key,
@@ -132,6 +132,33 @@ def open_data(config: FinetuneConfig, images: Any = None, labels: Any = None) ->
     return OpenedData(both.pairs, split, report)
 
 
+def check_same_split(written: Any, data: OpenedData, run: RunFolder) -> None:
+    """Refuse to go on with other images than before: what was held out would be learned from.
+
+    Parameters
+    ----------
+    written
+        What ``split.json`` says; `None` when there is none.
+    data
+        What was opened now.
+    run
+        Named in the message.
+
+    Raises
+    ------
+    DataError
+        When the two differ.
+    """
+    if written is None:
+        return
+    found = json.loads(json.dumps(data.split.to_dict(data.pairs)))
+    if not isinstance(written, dict) or any(written.get(part) != found[part] for part in ("train", "validation")):
+        raise DataError(
+            f"{run.path}: was started with other images or labels than there are now (split.json names them); "
+            "put them back, or start a new run from its model"
+        )
+
+
 def choose_setup(config: FinetuneConfig, hardware: Hardware) -> Setup:
     """Choose device, number format and loader processes for this machine.
 
@@ -153,7 +180,10 @@ def choose_setup(config: FinetuneConfig, hardware: Hardware) -> Setup:
 
 
 def settle(config: FinetuneConfig, setup: Setup, model: ModelLocation) -> FinetuneConfig:
-    """Fill in what the preset decides, so that the run folder's configuration runs alike anywhere."""
+    """Fill in what the preset decides and make paths absolute, so that a run can be continued from any folder."""
+    if model.path is not None and Path(config.model).exists():
+        config = config.model_copy(update={"model": str(Path(config.model).absolute())})
+    config = config.model_copy(update={"data": config.data.with_absolute_paths()})
     if config.training.objects is not None:
         return config
     objects = get_preset(setup.preset).objects.get(model.architecture, DEFAULT_OBJECTS)

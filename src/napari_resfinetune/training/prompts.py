@@ -44,6 +44,11 @@ class Prompts:
             *(None if part is None else part[chosen] for part in (self.points, self.point_labels, self.boxes))
         )
 
+    def to(self, device: torch.device) -> Prompts:
+        """Return these prompts on a device."""
+        parts = (self.points, self.point_labels, self.boxes)
+        return Prompts(*(None if part is None else part.to(device, non_blocking=True) for part in parts))
+
     def with_points(self, points: Tensor, labels: Tensor) -> Prompts:
         """Return these prompts and further points per object."""
         if self.points is None or self.point_labels is None:
@@ -64,7 +69,7 @@ class PromptPlan:
     multimask
         Whether the first round predicts three candidates per object.
     draws
-        float64, (rounds - 1, N, 2), 0 to 1: where the next positive and negative point fall.
+        float32, (rounds - 1, N, 2), 0 to 1: where the next positive and negative point fall.
     mask_prompts
         Per later round, whether the last mask is a prompt too.
     """
@@ -107,7 +112,7 @@ def plan_training_prompts(
         masks=masks,
         first=first,
         multimask=step % 2 == 0,
-        draws=torch.from_numpy(rng.random((rounds, len(masks), 2))),
+        draws=torch.from_numpy(rng.random((rounds, len(masks), 2), dtype=np.float32)),
         mask_prompts=tuple(bool(draw < mask_prompt_probability) for draw in rng.random(rounds)),
     )
 
@@ -121,7 +126,7 @@ def plan_validation_prompts(labels: Tensor, rng: np.random.Generator, *, index: 
         positives = int(rng.integers(1, MOST_POINTS + 1))
         negatives = int(rng.integers(1 if positives == 1 and kind == 2 else 0, MOST_POINTS + 1))
     first = first_prompts(masks, boxes, rng, positives=positives, negatives=negatives, with_boxes=kind in (1, 3))
-    return PromptPlan(masks, first, kind == 0, torch.zeros(0, len(masks), 2, dtype=torch.float64), ())
+    return PromptPlan(masks, first, kind == 0, torch.zeros(0, len(masks), 2), ())
 
 
 def draw_objects(labels: Tensor, rng: np.random.Generator, objects: int) -> tuple[Tensor, NDArray[np.int64]]:
@@ -154,7 +159,7 @@ def first_prompts(
     """Draw points in and around each object, and its box enlarged by up to 2.5 % a side."""
     points = point_labels = None
     if positives + negatives:
-        draws = torch.from_numpy(rng.random((positives + negatives, len(masks))))
+        draws = torch.from_numpy(rng.random((positives + negatives, len(masks)), dtype=np.float32))
         drawn = [pick(masks, draws[i]) for i in range(positives)]
         if negatives:
             around = _around(masks, boxes)
@@ -181,7 +186,7 @@ def next_points(predicted: Tensor, masks: Tensor, draws: Tensor) -> tuple[Tensor
     predicted, masks
         bool, "NYX".
     draws
-        float64, (N, 2), 0 to 1.
+        float, (N, 2), 0 to 1.
 
     Returns
     -------
@@ -211,7 +216,7 @@ def pick(regions: Tensor, draws: Tensor, otherwise: Tensor | None = None) -> Ten
     regions, otherwise
         bool, "NYX".
     draws
-        float64, "N", 0 to 1.
+        float, "N", 0 to 1.
 
     Returns
     -------

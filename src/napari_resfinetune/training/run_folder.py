@@ -179,7 +179,7 @@ class RunLog:
 
     def __call__(self, event: Event) -> None:
         """Write one event."""
-        self._events.write(json.dumps(event.to_dict(), ensure_ascii=False) + "\n")
+        self._events.write(json.dumps(event.to_dict(), ensure_ascii=False, allow_nan=False) + "\n")
         self._events.flush()
         if isinstance(event, EpochEnded):
             row = {name: getattr(event, name) for name in METRICS}

@@ -157,7 +157,7 @@ def validate_sample(
 def instance_part(
     model: SamModel, embedding: Tensor, patch: Patch, input_size: tuple[int, int], settings: StepSettings
 ) -> Tensor:
-    """Return the loss of foreground and distance maps: dice on the foreground, squared error on the distances."""
+    """Return the loss of foreground and distance maps: dice errors of the three."""
     original_size = (patch.image.shape[-2], patch.image.shape[-1])
     prediction = run_instance_decoder(
         model.instance_decoder,
@@ -183,7 +183,7 @@ def mask_part(
     for start in range(0, total, chunk):
         chosen = slice(start, min(start + chunk, total))
         masks = plan.masks[chosen].to(embedding.device)
-        prompts = plan.first.rows(chosen)
+        prompts, draws = plan.first.rows(chosen).to(embedding.device), plan.draws[:, chosen].to(embedding.device)
         mask_prompt = None
         for round_index in range(rounds):
             with _autocast(embedding.device, settings):
@@ -197,7 +197,7 @@ def mask_part(
             with torch.no_grad():
                 best = low_res[torch.arange(len(low_res)), iou_prediction.argmax(1)][:, None]
                 predicted = upsample_masks(best, input_size, size, settings.input_px)[:, 0] > 0
-                prompts = prompts.with_points(*next_points(predicted, masks, plan.draws[round_index, chosen]))
+                prompts = prompts.with_points(*next_points(predicted, masks, draws[round_index]))
                 mask_prompt = best if plan.mask_prompts[round_index] else None
 
 
@@ -211,12 +211,12 @@ def _predict(
     settings: StepSettings,
 ) -> tuple[Tensor, Tensor]:
     """Return low-resolution mask logits "NCYX" and predicted IoU "NC" of every object; `size` is the patch's."""
-    device, encoder = embedding.device, model.sam.prompt_encoder
+    encoder = model.sam.prompt_encoder
     sparse = embed_prompts(
         encoder,
-        None if prompts.points is None else scale_coords(prompts.points.to(device), size, settings.input_px),
-        None if prompts.point_labels is None else prompts.point_labels.to(device),
-        None if prompts.boxes is None else scale_boxes(prompts.boxes.to(device), size, settings.input_px),
+        None if prompts.points is None else scale_coords(prompts.points, size, settings.input_px),
+        prompts.point_labels,
+        None if prompts.boxes is None else scale_boxes(prompts.boxes, size, settings.input_px),
     )
     positions = encoder.get_dense_pe()[..., : embedding.shape[-2], : embedding.shape[-1]]
     return predict_masks(
