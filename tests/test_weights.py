@@ -191,12 +191,12 @@ path = sys.argv[1]
 torch.set_num_threads(1)
 predictor = get_sam_model("vit_b", checkpoint_path=path, device="cpu")
 second, decoder = get_predictor_and_decoder("vit_b", checkpoint_path=path, device="cpu")
-decoder.eval()  # micro-sam hands it out in training mode
 total = lambda module: float(sum(t.double().sum() for t in module.state_dict().values()))
+weights = total(decoder)  # micro-sam predicts in training mode, which moves running statistics
 with torch.no_grad():
     out = decoder._forward_impl(torch.linspace(-1, 1, 256 * 64).reshape(1, 256, 8, 8))
 print(json.dumps({
-    "sam": total(predictor.model), "second": total(second.model), "decoder": total(decoder), "out": float(out.sum()),
+    "sam": total(predictor.model), "second": total(second.model), "decoder": weights, "out": float(out.sum()),
     "ours": "napari_resfinetune" in sys.modules,
 }))
 """
