@@ -256,3 +256,15 @@ def test_a_run_is_continued_with_its_own_settings_or_not_at_all(cells, tmp_path,
     for changed in ({"data": {"patch_px": 80}}, {"training": {**settings["training"], "seed": 5}}):
         with pytest.raises(rf.ConfigError, match="holds a run with another"):
             rf.train(images, labels, model=model, output="run", resume=True, **{**settings, **changed})
+
+
+def test_running_out_of_memory_is_said_and_ends_with_its_own_status(cells, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("napari_resfinetune.training.loop.backward_sample", full)
+    events: list[Event] = []
+    with pytest.raises(rf.ResourceError, match="object_chunk=1") as caught:
+        run(cells, tmp_path / "run", events)
+    assert caught.value.exit_status == 3
+    assert type(events[-1]).__name__ == "Failed"

@@ -130,12 +130,12 @@ class TrainingConfig(_Frozen):
 
 
 class ResourcesConfig(_Frozen):
-    """What the run may use. Limits bind training only."""
+    """What the run may use."""
 
-    preset: PresetName = Field("auto", description="a named hardware preset")
+    preset: PresetName = Field("auto", description="a named hardware preset; decides the number of objects")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where the model runs")
     precision: Precision = Field("auto", description="number format of the activations; 'auto' probes the device")
-    memory_gb: PositiveFloat | None = Field(None, description="most memory that training may take")
+    memory_gb: PositiveFloat | None = Field(None, description="most memory for training; recorded, not enforced yet")
     threads: PositiveInt | None = Field(None, description="CPU threads that training may take")
     workers: int | None = Field(None, ge=0, description="processes that load patches; chosen for the machine if unset")
     object_chunk: PositiveInt | None = Field(

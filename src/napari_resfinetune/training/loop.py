@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch.amp import GradScaler
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from napari_resfinetune.config import FinetuneConfig, TrainingConfig
 from napari_resfinetune.data.patches import Patch, TrainingPatches, ValidationPatches
-from napari_resfinetune.errors import TrainingError
+from napari_resfinetune.errors import ResourceError, TrainingError
 from napari_resfinetune.events import Checkpointed, EpochEnded, Event, Finished, Started, Status, Step, StopToken
 from napari_resfinetune.models import SamModel, save_model
 from napari_resfinetune.planning.memory import peak_memory_gb, process_memory_gb
@@ -123,7 +124,7 @@ class Trainer:
                 status = "stopped"
                 yield self._save("latest")
                 break
-            yield self._train_step(batch)
+            yield self._step_in_memory(batch)
             if progress.step == self.steps_per_epoch:
                 yield from self._end_epoch()
                 status = self._ended()
@@ -200,6 +201,16 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_leave_interrupts_to_parent,
         )
+
+    def _step_in_memory(self, batch: Sequence[Patch]) -> Step:
+        try:
+            return self._train_step(batch)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}: out of memory on {self.device}; "
+                "set resources.object_chunk=1, choose --strategy frozen or a smaller model, or close what else uses "
+                "the device; then train again"
+            ) from error
 
     def _train_step(self, batch: Sequence[Patch]) -> Step:
         started = time.monotonic()
