@@ -183,7 +183,7 @@ CONFIG_CASES = [
     Case("unknown option", f"{CHECK} --fast", BAD_INPUT, "No such option"),
     Case("option without its value", "check --images", BAD_INPUT, "requires an argument"),
     Case("resume without a run", "resume", BAD_INPUT, "Missing argument"),
-    Case("unknown key", f"{CHECK} --set training.epoch=3", BAD_INPUT, "did you mean 'epochs'"),
+    Case("unknown key", f"{CHECK} --set training.epoch=3", BAD_INPUT, "did you mean 'training.epochs'"),
     Case("unknown section", f"{CHECK} --set trainig.epochs=3", BAD_INPUT, "did you mean 'training'"),
     Case("value of another type", f"{TRAIN} --set training.epochs=many", BAD_INPUT, "training.epochs: found 'many'"),
     Case("a value for a whole section", f"{CHECK} --set data=3", BAD_INPUT, "data"),

@@ -30,7 +30,7 @@ def test_all_problems_are_in_one_message():
     assert len(caught.value.problems) == 5
     text = str(caught.value)
     assert "training.epochs: found -1" in text
-    assert "unknown key 'training.epoch'; did you mean 'epochs'?" in text
+    assert "unknown key 'training.epoch'; did you mean 'training.epochs'?" in text
     assert "unknown key 'colour'" in text
     assert "percentiles: found 5.0 and 1.0" in text
 

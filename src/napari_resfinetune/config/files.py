@@ -152,5 +152,5 @@ def _suggestion(location: Sequence[int | str]) -> str:
         model = inner
     near = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
     if near:
-        return f"; did you mean '{near[0]}'?"
+        return f"; did you mean '{'.'.join([*map(str, location[:-1]), near[0]])}'?"
     return f"; the keys here are {', '.join(model.model_fields)}"

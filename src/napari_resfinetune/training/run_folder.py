@@ -96,7 +96,7 @@ def check_output(output: Path) -> None:
     """
     check_writable(output)
     if output.is_dir() and any(output.iterdir()):
-        hint = " or go on with: resfinetune resume" if (output / "config.yaml").is_file() else ""
+        hint = f" or go on with: resfinetune resume {output}" if (output / "config.yaml").is_file() else ""
         raise ConfigError(
             f"{output}: already holds files, and nothing is overwritten; choose another output folder{hint}"
         )
