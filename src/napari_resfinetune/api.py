@@ -117,7 +117,7 @@ def train(
     setup = choose_setup(config, hardware)
     config = settle(config, setup, resolve_model(config.model))
     # A model that cannot be used leaves no run folder behind.
-    job, learning, _ = make_job(config, RunFolder(output), data, setup)
+    job, learning = make_job(config, RunFolder(output), data, setup)
     run = create_run(output, config)
     run.write_json("environment.json", environment_report(hardware))
     run.write_json("plan.json", setup.to_dict())
@@ -379,7 +379,7 @@ def _continue(
     data = open_data(config, images, labels)
     check_same_split(run.read_json("split.json"), data, run)
     setup = choose_setup(config, probe_hardware())
-    job, learning, _ = make_job(config, run, data, setup)
+    job, learning = make_job(config, run, data, setup)
     return _run(job, _opening(data, setup, learning), on_event, stop, resume=True)
 
 

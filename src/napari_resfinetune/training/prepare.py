@@ -16,7 +16,6 @@ from napari_resfinetune.config import FinetuneConfig, not_given
 from napari_resfinetune.data.doctor import CheckReport, check_pairs
 from napari_resfinetune.data.pairs import Pair, find_pairs, join_held_out
 from napari_resfinetune.data.patches import TrainingPatches, ValidationPatches, measure_scalings
-from napari_resfinetune.data.scaling import Scaling
 from napari_resfinetune.data.split import Split, split_pairs, whole_regions
 from napari_resfinetune.errors import ConfigError, DataError
 from napari_resfinetune.models import (
@@ -192,7 +191,7 @@ def settle(config: FinetuneConfig, setup: Setup, model: ModelLocation) -> Finetu
 
 def make_job(
     config: FinetuneConfig, run: RunFolder, data: OpenedData, setup: Setup
-) -> tuple[TrainingJob, TrainableReport, dict[int, Scaling]]:
+) -> tuple[TrainingJob, TrainableReport]:
     """Load the model and put a job together.
 
     Returns
@@ -201,8 +200,6 @@ def make_job(
         Ready for `Trainer`.
     report
         Which parts learn.
-    scalings
-        Intensity scaling of each image, by index.
 
     Raises
     ------
@@ -252,7 +249,7 @@ def make_job(
         use_scaler=setup.precision.scaler,
         workers=setup.workers,
     )
-    return job, report, scalings
+    return job, report
 
 
 def _workers(config: FinetuneConfig, device: str) -> int:
