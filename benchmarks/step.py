@@ -12,6 +12,7 @@ it is the most that tensors took. `--ours-only` and `--micro-sam-only` run one o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
@@ -30,7 +31,12 @@ LEVERS = (
     "checkpoint-encoder",
     "checkpoint-instance-decoder",
     "unfolded",
+    "compile",
     "chunk=N",
+    "input=PX",
+    "stretched",
+    "alternating",
+    "return-memory",
     "targets=T",
 )
 
@@ -78,87 +84,97 @@ def run_ours(options: argparse.Namespace) -> tuple[list[float], float]:
 
     from napari_resfinetune.config import FrozenStrategy, FullStrategy
     from napari_resfinetune.models import apply_strategy, load_model
-    from napari_resfinetune.planning import choose_precision, probe_hardware
-    from napari_resfinetune.training.prepare import DTYPES
+    from napari_resfinetune.planning import freed_memory
     from napari_resfinetune.training.prompts import plan_training_prompts
-    from napari_resfinetune.training.step import StepSettings, backward_sample
+    from napari_resfinetune.training.step import backward_samples
 
-    levers = dict(lever.partition("=")[::2] for lever in options.levers.split(",") if lever)
-    targets: Any = levers.get("targets", "both")
+    settings, targets = make_settings(options.levers, options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    precision = next((name for name in DTYPES if name in levers), None)
-    if precision is None:
-        precision = choose_precision("auto", options.device, probe_hardware()).name
     model = load_model(options.checkpoint, decoder="new", device=options.device)
     apply_strategy(model, FullStrategy() if options.strategy == "full" else FrozenStrategy(), targets)
-    settings = StepSettings(
-        autocast=DTYPES[precision],
-        object_chunk=int(levers["chunk"]) if "chunk" in levers else None,
-        checkpoint_encoder="checkpoint-encoder" in levers,
-        checkpoint_instance_decoder="checkpoint-instance-decoder" in levers,
-        folded_attention="unfolded" not in levers,
-    )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-    patch = _patch(options.objects)
-    seconds = []
-    for step in range(options.iterations):
-        started = time.perf_counter()
-        model.train()
+    part = settings.input_px if settings.positions == "part" else 1024
+    patch = make_patch(options.objects, PATCH_PX * part // 1024)
+    levers = options.levers.split(",")
+
+    def update(plan: Any, *, instances: bool) -> None:
         optimizer.zero_grad(set_to_none=True)
-        plan = None
-        if targets != "instances":
-            plan = plan_training_prompts(
-                patch.labels,
-                np.random.default_rng(step),
-                step=step,
-                objects=options.objects,
-                sub_iterations=options.sub_iterations,
-                mask_prompt_probability=0.5,
-            )
-        backward_sample(model, patch, plan, settings, train_instances=targets != "masks")
+        backward_samples(model, [patch], [plan], settings, train_instances=instances)
         optimizer.step()
-        _wait(options.device)
-        seconds.append(time.perf_counter() - started)
+
+    def one_step(step: int) -> None:
+        model.train()
+        plan = plan_training_prompts(
+            patch.labels,
+            np.random.default_rng(step),
+            step=step,
+            objects=options.objects,
+            sub_iterations=options.sub_iterations,
+            mask_prompt_probability=0.5,
+        )
+        if "alternating" in levers:
+            update(plan, instances=False)
+            update(None, instances=True)
+        else:
+            update(None if targets == "instances" else plan, instances=targets != "masks")
+
+    seconds = []
+    with freed_memory("return" if "return-memory" in levers else "keep"):
+        for step in range(options.iterations):
+            started = time.perf_counter()
+            one_step(step)
+            _wait(options.device)
+            seconds.append(time.perf_counter() - started)
     return seconds, _peak_gb(options.device)
+
+
+def make_settings(levers: str, device: str) -> tuple[Any, Any]:
+    """Return `StepSettings` and targets from comma-separated levers."""
+    from napari_resfinetune.planning import choose_precision, probe_hardware
+    from napari_resfinetune.training.prepare import DTYPES
+    from napari_resfinetune.training.step import StepSettings
+
+    chosen = dict(lever.partition("=")[::2] for lever in levers.split(",") if lever)
+    unknown = set(chosen) - {lever.partition("=")[0] for lever in LEVERS}
+    if unknown:
+        raise SystemExit(f"levers: {', '.join(sorted(unknown))} not known; expected {', '.join(LEVERS)}")
+    precision = next((name for name in DTYPES if name in chosen), None)
+    if precision is None:
+        precision = choose_precision("auto", device, probe_hardware()).name
+    settings = StepSettings(
+        autocast=DTYPES[precision],
+        object_chunk=int(chosen["chunk"]) if "chunk" in chosen else None,
+        checkpoint_encoder="checkpoint-encoder" in chosen,
+        checkpoint_instance_decoder="checkpoint-instance-decoder" in chosen,
+        folded_attention="unfolded" not in chosen,
+        compile="compile" in chosen,
+        input_px=int(chosen.get("input", 1024)),
+        positions="stretched" if "stretched" in chosen else "part",
+    )
+    return settings, chosen.get("targets", "both")
 
 
 def run_micro_sam(options: argparse.Namespace) -> tuple[list[float], float]:
     """Time `train_sam` from one request for a batch to the next."""
     import torch
     from micro_sam.training import train_sam
-    from torch.utils.data import DataLoader, Dataset
+    from torch.utils.data import DataLoader
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    patch = _patch(options.objects)
-    x, y = patch.image, torch.cat([patch.labels[None].float(), patch.targets])
+    patch = make_patch(options.objects)
+    sample = patch.image, torch.cat([patch.labels[None].float(), patch.targets])
     times: list[float] = []
-
-    class Samples(Dataset):  # type: ignore[type-arg]
-        def __init__(self, count: int, log: list[float] | None) -> None:
-            self.count, self.log, self.ndim = count, log, 2
-
-        def __len__(self) -> int:
-            return self.count
-
-        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            if self.log is not None:
-                _wait(options.device)
-                self.log.append(time.perf_counter())
-            return x, y
-
-    loaders = [
-        DataLoader(Samples(options.iterations + 1, times), shuffle=True),
-        DataLoader(Samples(1, None), shuffle=True),
-    ]
-    with tempfile.TemporaryDirectory() as folder:
+    training = DataLoader(_Repeated(sample, options.iterations, options.device, times), shuffle=True)
+    validation = DataLoader(_Repeated(sample, 1, options.device))
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
         train_sam(
             name="benchmark",
             model_type=options.model,
-            train_loader=loaders[0],
-            val_loader=loaders[1],
+            train_loader=training,
+            val_loader=validation,
             n_epochs=1,
             n_objects_per_batch=options.objects,
             n_sub_iteration=options.sub_iterations,
@@ -171,16 +187,40 @@ def run_micro_sam(options: argparse.Namespace) -> tuple[list[float], float]:
     return [after - before for before, after in itertools.pairwise(times)], _peak_gb(options.device)
 
 
-def _patch(objects: int) -> Any:
-    """Return a made-up patch with at least as many objects as are asked for."""
+class _Enough(Exception):
+    """All iterations that were asked for are timed."""
+
+
+class _Repeated:
+    """The same sample again and again; writes down when it is asked for, and ends the run after the last time."""
+
+    ndim = 2
+
+    def __init__(self, sample: tuple[Any, Any], count: int, device: str, times: list[float] | None = None) -> None:
+        self.sample, self.count, self.device, self.times = sample, count, device, times
+
+    def __len__(self) -> int:
+        return self.count + 1
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        if self.times is not None:
+            _wait(self.device)
+            self.times.append(time.perf_counter())
+            if len(self.times) > self.count:
+                raise _Enough
+        return self.sample
+
+
+def make_patch(objects: int, patch_px: int = PATCH_PX) -> Any:
+    """Return a made-up patch with many objects, at least as many as are asked for if they fit."""
     import numpy as np
     import torch
 
     from napari_resfinetune.data.patches import Patch, instance_targets
     from napari_resfinetune.data.synthetic import make_sample
 
-    for seed in range(100):
-        sample = make_sample("fluorescence_nuclei", seed=seed, shape=(PATCH_PX, PATCH_PX))
+    for seed in range(100 if patch_px == PATCH_PX else 1):
+        sample = make_sample("fluorescence_nuclei", seed=seed, shape=(patch_px, patch_px), field_px=PATCH_PX)
         targets = instance_targets(sample.labels.astype(np.int64), 25)
         if targets is not None and targets[0].max() >= max(objects, 40):
             break

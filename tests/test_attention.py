@@ -10,7 +10,9 @@ import torch
 from segment_anything.modeling.image_encoder import Attention, ImageEncoderViT
 from torch import Tensor, nn
 
-from napari_resfinetune.models.attention import encode, vit_attention
+from napari_resfinetune.models.attention import vit_attention
+from napari_resfinetune.models.encoder import encode, encoder_units, first_that_learns, run_units
+from napari_resfinetune.models.tiny_vit import TinyViTEncoder
 
 Gradients = dict[str, Tensor]
 
@@ -76,28 +78,73 @@ def test_a_part_of_the_field_of_view_keeps_the_relative_positions_of_the_whole()
     torch.testing.assert_close(vit_attention(whole, x), part(x))
 
 
+def _tiny_encoder() -> TinyViTEncoder:
+    torch.manual_seed(0)
+    encoder = TinyViTEncoder(img_size=128).train()
+    _randomize(encoder)
+    return encoder
+
+
+def _encode(encoder: nn.Module, x: Tensor, checkpoint_units: bool = False, **how: bool) -> Tensor:
+    return run_units(encoder_units(encoder, **how), x, checkpoint_units=checkpoint_units)
+
+
+@pytest.mark.parametrize("make", [_encoder, _tiny_encoder])
 @pytest.mark.parametrize("folded", [True, False])
-@pytest.mark.parametrize("checkpoint_blocks", [True, False])
-def test_encoder_equals_the_module(folded: bool, checkpoint_blocks: bool) -> None:
-    encoder, x = _encoder(), torch.randn(1, 3, 128, 128)
-    ours = _run(encoder, lambda x: encode(encoder, x, checkpoint_blocks=checkpoint_blocks, folded=folded), x)
+@pytest.mark.parametrize("checkpoint_units", [True, False])
+def test_the_units_in_a_row_are_the_encoder(
+    make: Callable[[], nn.Module], folded: bool, checkpoint_units: bool
+) -> None:
+    encoder, x = make(), torch.randn(1, 3, 128, 128)
+    ours = _run(encoder, lambda x: _encode(encoder, x, checkpoint_units, folded=folded), x)
     _assert_equal(ours, _run(encoder, encoder, x))
 
 
-@pytest.mark.parametrize("checkpoint_blocks", [True, False])
-def test_late_training_gives_the_same_gradients(checkpoint_blocks: bool) -> None:
-    encoder, x = _encoder(), torch.randn(1, 3, 128, 128)
-    for parameter in encoder.parameters():
-        parameter.requires_grad_(False)
-    for parameter in [*encoder.blocks[2].parameters(), *encoder.neck.parameters()]:
-        parameter.requires_grad_(True)
+@pytest.mark.parametrize("make", [_encoder, _tiny_encoder])
+def test_every_weight_is_in_exactly_one_unit(make: Callable[[], nn.Module]) -> None:
+    encoder = make()
+    found = [id(parameter) for unit in encoder_units(encoder) for parameter in unit.parameters()]
+    head = {id(p) for name, p in encoder.named_parameters() if name.startswith("head.")}  # carried, never used
+    assert sorted(found) == sorted({id(p) for p in encoder.parameters()} - head)
+
+
+@pytest.mark.parametrize("make", [_encoder, _tiny_encoder])
+@pytest.mark.parametrize("checkpoint_units", [True, False])
+def test_late_training_gives_the_same_gradients(make: Callable[[], nn.Module], checkpoint_units: bool) -> None:
+    encoder, x = make().requires_grad_(False), torch.randn(1, 3, 128, 128)
+    units = encoder_units(encoder)
+    for unit in units[-3:]:
+        for parameter in unit.parameters():
+            parameter.requires_grad_(True)
     expected = copy.deepcopy(encoder)
     expected(x).square().sum().backward()
-    encode(encoder, x, checkpoint_blocks=checkpoint_blocks).square().sum().backward()
+    first = first_that_learns(units)
+    assert first == len(units) - 3
+    tokens = run_units(units[:first], x)
+    assert not tokens.requires_grad
+    run_units(units[first:], tokens, checkpoint_units=checkpoint_units).square().sum().backward()
     for (name, ours), theirs in zip(encoder.named_parameters(), expected.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None), name
         if ours.grad is not None and theirs.grad is not None:
             assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm() + 1e-6, name
+
+
+def test_checkpointed_units_keep_less() -> None:
+    for encoder in (_encoder(), _tiny_encoder()):
+        kept = []
+        for checkpoint_units in (False, True):
+            sizes: dict[int, int] = {}
+
+            def keep(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+                if not isinstance(tensor, nn.Parameter):
+                    sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                embedding = _encode(encoder, torch.randn(1, 3, 128, 128), checkpoint_units)
+            assert embedding.requires_grad
+            kept.append(sum(sizes.values()))
+        assert kept[1] < 0.4 * kept[0]
 
 
 def test_frozen_encoder_has_no_graph() -> None:
@@ -105,23 +152,6 @@ def test_frozen_encoder_has_no_graph() -> None:
     assert not encode(encoder, torch.randn(1, 3, 128, 128)).requires_grad
 
 
-class _OtherEncoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Conv2d(3, 4, 1)
-        self.checkpointed = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.layer(x)
-        return result
-
-    def forward_checkpointed(self, x: Tensor) -> Tensor:
-        self.checkpointed = True
-        return self.forward(x)
-
-
-@pytest.mark.parametrize("checkpoint_blocks", [True, False])
-def test_other_encoders_are_called(checkpoint_blocks: bool) -> None:
-    encoder, x = _OtherEncoder(), torch.randn(1, 3, 8, 8)
-    torch.testing.assert_close(encode(encoder, x, checkpoint_blocks=checkpoint_blocks), encoder.layer(x))
-    assert encoder.checkpointed is checkpoint_blocks
+def test_other_encoders_are_one_unit() -> None:
+    encoder, x = nn.Conv2d(3, 4, 1), torch.randn(1, 3, 8, 8)
+    torch.testing.assert_close(encode(encoder, x), encoder(x))

@@ -170,13 +170,14 @@ def plain(distribution: str) -> str:
 
 def test_every_imported_package_is_a_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {plain(re.split(r"[\s<>=!~;\[]", text, maxsplit=1)[0]) for text in project["dependencies"]}
+    asked = [*project["dependencies"], *project["optional-dependencies"]["qlora"]]
+    declared = {plain(re.split(r"[\s<>=!~;\[]", text, maxsplit=1)[0]) for text in asked}
     distributions = importlib.metadata.packages_distributions()
     missing = {
         f"{path.relative_to(ROOT).as_posix()}:{line}: {root}"
         for path in (ROOT / "src").rglob("*.py")
         for line, name in imports(path, ROOT / "src" / PACKAGE)
         if (root := name.split(".")[0]) not in sys.stdlib_module_names and root != PACKAGE
-        if declared.isdisjoint(plain(name) for name in distributions.get(root, []))
+        if declared.isdisjoint(plain(name) for name in [root, *distributions.get(root, [])])
     }
     assert missing == set()

@@ -68,7 +68,7 @@ def test_fp32_is_had_everywhere(device):
         ("fp16", "cuda", (8, 6), True, "as asked"),
         ("fp16", "cuda:0", (7, 5), True, "as asked"),
         ("fp16", "cuda", (6, 1), True, "slow"),
-        ("bf16", "cuda", (8, 6), False, "has it"),
+        ("bf16", "cuda", (8, 6), False, "TF32"),
         ("bf16", "cpu", None, False, "slower in it than in fp32"),
     ],
 )

@@ -7,6 +7,7 @@ counts, so there the prompted part alone is compared.
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from napari_resfinetune.models import SamModel
 from napari_resfinetune.models.build import assemble_sam
 from napari_resfinetune.models.tiny_vit import TinyViTEncoder
 from napari_resfinetune.training.prompts import PromptPlan, next_points, plan_training_prompts
-from napari_resfinetune.training.step import StepSettings, backward_sample, validate_sample
+from napari_resfinetune.training.step import Losses, StepSettings, backward_samples, validate_sample
 
 PATCH_PX, INPUT_PX, ROUNDS = 40, 80, 3
 
@@ -135,6 +136,10 @@ def upstream_gradients(
     return loss.item(), gradients(model)
 
 
+def backward_sample(model: SamModel, patch: Patch, prompts: PromptPlan | None, settings: Any, **options: Any) -> Losses:
+    return backward_samples(model, [patch], [prompts], settings, **options)[0]
+
+
 def gradients(model: SamModel) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -222,6 +227,67 @@ def test_the_weight_scales_gradients_and_samples_add_up():
 
 
 @pytest.mark.parametrize("architecture", ["vit_b", "vit_t"])
+@pytest.mark.usefixtures("doubled")
+def test_a_micro_batch_gives_the_gradients_of_its_samples_one_by_one(architecture):
+    model, _ = small_model(architecture, torch.float64)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    patches = [sample(3, torch.float64), sample(4, torch.float64)]
+    plans = [plan(patch, 1) for patch in patches]
+    settings = StepSettings(input_px=INPUT_PX)
+    one_by_one = [
+        backward_sample(model, patch, prompts, settings, train_instances=True)
+        for patch, prompts in zip(patches, plans, strict=True)
+    ]
+    expected = gradients(model)
+    model.load_state_dict(state)
+    model.zero_grad()
+    at_once = backward_samples(model, patches, plans, settings, train_instances=True)
+    assert [losses.total for losses in at_once] == pytest.approx([losses.total for losses in one_by_one])
+    assert_same(gradients(model), expected, tolerance=1e-9)
+
+
+@pytest.mark.usefixtures("doubled")
+def test_stretched_positions_are_those_of_a_sam_built_for_the_smaller_input():
+    model, _ = small_model("vit_b", torch.float64)
+    half = INPUT_PX // 2
+    encoder = ImageEncoderViT(
+        img_size=half,
+        embed_dim=64,
+        depth=3,
+        num_heads=4,
+        out_chans=256,
+        use_rel_pos=True,
+        window_size=5,
+        global_attn_indexes=(1,),
+    )
+    smaller = SamModel(assemble_sam(encoder), model.instance_decoder, "vit_b", "smaller").to(torch.float64).train()
+    resized = resize_rel_pos(smaller.state_dict(), model.state_dict())
+    smaller.load_state_dict(resized)
+    patch = sample(dtype=torch.float64)
+    expected = backward_sample(smaller, patch, plan(patch, 1), StepSettings(input_px=half), train_instances=False)
+    stretched = StepSettings(input_px=half, positions="stretched")
+    found = backward_sample(model, patch, plan(patch, 1), stretched, train_instances=False)
+    assert found.total == pytest.approx(expected.total, rel=1e-9)
+    part = backward_sample(model, patch, plan(patch, 1), StepSettings(input_px=half), train_instances=False)
+    assert part.total != pytest.approx(expected.total, rel=1e-6)
+
+
+def resize_rel_pos(small: dict[str, torch.Tensor], large: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Interpolate the position tables of a model to those of one with a smaller field of view."""
+    resized = {}
+    for name, value in large.items():
+        wanted = small[name].shape
+        if value.shape == wanted:
+            resized[name] = value
+        elif "pos_embed" in name:
+            grid = torch.nn.functional.interpolate(value.permute(0, 3, 1, 2), tuple(wanted[1:3]), mode="bilinear")
+            resized[name] = grid.permute(0, 2, 3, 1)
+        else:
+            resized[name] = torch.nn.functional.interpolate(value.t()[None], wanted[0], mode="linear")[0].t()
+    return resized
+
+
+@pytest.mark.parametrize("architecture", ["vit_b", "vit_t"])
 def test_part_of_the_field_of_view_costs_a_part_and_still_trains(architecture):
     model, _ = small_model(architecture)
     patch = sample()
@@ -229,6 +295,20 @@ def test_part_of_the_field_of_view_costs_a_part_and_still_trains(architecture):
     losses = backward_sample(model, small, plan(small, 0), StepSettings(input_px=48), train_instances=True)
     assert losses.mask is not None and 0 < losses.mask < 1
     assert all(torch.isfinite(gradient).all() for gradient in gradients(model).values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_parts_give_the_same_losses():
+    model, _ = small_model("vit_b")
+    patch = sample()
+    plain = backward_sample(model, patch, plan(patch, 1), StepSettings(input_px=INPUT_PX), train_instances=True)
+    expected = gradients(model)
+    model.zero_grad()
+    settings = StepSettings(input_px=INPUT_PX, compile=True)
+    compiled = backward_sample(model, patch, plan(patch, 1), settings, train_instances=True)
+    assert compiled.total == pytest.approx(plain.total, rel=1e-4)
+    assert gradients(model).keys() == expected.keys()
 
 
 def test_bfloat16_is_close_to_float32():

@@ -118,7 +118,7 @@ def train(
     config = settle(config, setup, resolve_model(config.model))
     # A model that cannot be used leaves no run folder behind.
     job, learning = make_job(config, RunFolder(output), data, setup)
-    run = create_run(output, config)
+    run = create_run(output, job.config)
     run.write_json("environment.json", environment_report(hardware))
     run.write_json("plan.json", setup.to_dict())
     run.write_json("split.json", data.split.to_dict(data.pairs))
@@ -386,6 +386,7 @@ def _continue(
 def _run(
     job: TrainingJob, opening: Iterable[str], on_event: OnEvent | None, stop: StopToken | None, *, resume: bool
 ) -> TrainResult:
+    from napari_resfinetune.planning import freed_memory
     from napari_resfinetune.training.checkpoints import find_checkpoint
     from napari_resfinetune.training.loop import Trainer
     from napari_resfinetune.training.run_folder import RunLog
@@ -403,10 +404,11 @@ def _run(
     try:
         for text in opening:
             tell(Message(text))
-        for event in trainer.run(stop or StopToken()):
-            tell(event)
-            if isinstance(event, Finished):
-                finished = event
+        with freed_memory(job.config.resources.freed_memory):
+            for event in trainer.run(stop or StopToken()):
+                tell(event)
+                if isinstance(event, Finished):
+                    finished = event
     except ResFinetuneError as error:
         tell(Failed(str(error), resumable=find_checkpoint(run.latest) is not None))
         raise

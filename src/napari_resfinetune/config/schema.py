@@ -12,6 +12,9 @@ PresetName = Literal[
 ]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Targets = Literal["both", "masks", "instances"]
+Positions = Literal["part", "stretched"]
+Update = Literal["together", "alternating"]
+LoraTarget = Literal["q", "k", "v", "proj", "mlp"]
 Locations = str | tuple[str, ...]
 
 
@@ -89,7 +92,51 @@ class FrozenStrategy(_Frozen):
     kind: Literal["frozen"] = "frozen"
 
 
-Strategy = Annotated[FullStrategy | FrozenStrategy, Field(discriminator="kind")]
+_BLOCKS = "how many of the last blocks of the image encoder learn; what lies before them is computed once and kept"
+
+
+class LateStrategy(_Frozen):
+    """The last blocks of the image encoder learn, its neck, prompt encoder and decoders; earlier blocks stay."""
+
+    kind: Literal["late"] = "late"
+    blocks: PositiveInt = Field(3, description=_BLOCKS)
+
+
+class LoraStrategy(_Frozen):
+    """The image encoder stays, but for small low-rank matrices beside its weights; prompt encoder and decoders learn.
+
+    Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+    """
+
+    kind: Literal["lora"] = "lora"
+    rank: PositiveInt = Field(4, description="rank of the matrices: how much they can change")
+    alpha: PositiveFloat | None = Field(
+        None, description="the change is multiplied by alpha / rank; if unset, alpha is the rank, as in micro-sam"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of inputs to the matrices that is left out at random")
+    targets: tuple[LoraTarget, ...] = Field(
+        ("q", "v"),
+        min_length=1,
+        description="which weights get them: projections to queries, keys and values, the one behind attention "
+        "('proj'), both of the perceptron ('mlp')",
+    )
+    quantize: bool = Field(
+        False,
+        description="keep the weights beside them in 4 bit (QLoRA); takes a CUDA card and the package bitsandbytes, "
+        "saves under 0.3 GB for vit_b, more for vit_h, and rounds those weights",
+    )
+
+
+class LateLoraStrategy(LoraStrategy):
+    """As ``lora``, in the last blocks alone."""
+
+    kind: Literal["late_lora"] = "late_lora"  # type: ignore[assignment]
+    blocks: PositiveInt = Field(3, description=_BLOCKS)
+
+
+Strategy = Annotated[
+    FullStrategy | FrozenStrategy | LateStrategy | LoraStrategy | LateLoraStrategy, Field(discriminator="kind")
+]
 
 
 class TrainingConfig(_Frozen):
@@ -99,7 +146,16 @@ class TrainingConfig(_Frozen):
     samples_per_epoch: PositiveInt = Field(
         50, description="patches in an epoch; images are drawn again until there are this many"
     )
-    batch_size: PositiveInt = Field(1, description="patches in one optimizer step")
+    patch_bank: PositiveInt | None = Field(
+        None,
+        description="draw so many patches, with their augmentation, and use them again and again; if unset, new ones "
+        "in every epoch, or as many as samples_per_epoch where the feature cache is used",
+    )
+    batch_size: PositiveInt = Field(
+        1,
+        description="patches whose gradients are summed for one optimizer step; they go through one by one, so more "
+        "cost time, not memory (see resources.micro_batch)",
+    )
     objects: PositiveInt | None = Field(
         None, description="objects per patch that the mask decoder learns from in one step; from the preset if unset"
     )
@@ -110,6 +166,17 @@ class TrainingConfig(_Frozen):
         multiple_of=64,
         description="side that a patch is resized to; half of it with half of data.patch_px keeps the scale of objects "
         "and costs a quarter, with less context around each",
+    )
+    positions: Positions = Field(
+        "part",
+        description="position encodings of a smaller input: 'part' those of a corner of SAM's field of view, for half "
+        "a patch at the same scale; 'stretched' those of the whole field, for a whole patch at half the scale, which "
+        "moves further from what the start model knows",
+    )
+    update: Update = Field(
+        "together",
+        description="'together' is one optimizer step for both decoders after one pass through the image encoder; "
+        "'alternating' is micro-sam's two passes and two steps, for comparison",
     )
     sub_iterations: PositiveInt = Field(8, description="rounds of prompting per object and step")
     mask_prompt_probability: float = Field(0.5, ge=0, le=1, description="how often a round also gets the last mask")
@@ -138,8 +205,41 @@ class ResourcesConfig(_Frozen):
     memory_gb: PositiveFloat | None = Field(None, description="most memory for training; recorded, not enforced yet")
     threads: PositiveInt | None = Field(None, description="CPU threads that training may take")
     workers: int | None = Field(None, ge=0, description="processes that load patches; chosen for the machine if unset")
+    micro_batch: PositiveInt = Field(
+        1,
+        description="patches of a step that go through the image encoder at once; faster on a large card, takes more "
+        "memory, same result",
+    )
     object_chunk: PositiveInt | None = Field(
         None, description="objects sent through the mask decoder at once; changes memory, not the result"
+    )
+    checkpoint_encoder: bool = Field(
+        False,
+        description="keep only what enters each block of the image encoder and compute the rest twice; less memory, "
+        "about a third more time in the encoder, same result",
+    )
+    checkpoint_instance_decoder: bool = Field(False, description="the same for the stages of the instance decoder")
+    freed_memory: Literal["keep", "return"] = Field(
+        "keep",
+        description="on Linux, what becomes of freed RAM while training: 'keep' is up to a tenth faster, 'return' takes "
+        "about 1 GB less for vit_b; same result",
+    )
+    feature_cache: Literal["auto", "off"] = Field(
+        "auto",
+        description="'auto' keeps on disk what frozen blocks of the image encoder compute for each patch, where the "
+        "strategy has any, so that they run only once per patch; 'off' draws new patches and computes all of it in "
+        "every epoch",
+    )
+    feature_cache_dir: Path | None = Field(
+        None,
+        description="a folder for it that several runs share, and that stays; if unset, one in the run folder, "
+        "which is removed when the run has finished",
+    )
+    feature_cache_gb: PositiveFloat = Field(20, description="most room that it takes on disk")
+    compile: bool = Field(
+        False,
+        description="run encoder and decoders through torch.compile; needs a C++ compiler on a CPU and minutes at the "
+        "start; same result",
     )
 
 

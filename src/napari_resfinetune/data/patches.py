@@ -112,10 +112,13 @@ class TrainingPatches(_Patches):
         Patches in an epoch.
     seed
         Seed of the run.
-    with_targets
-        Whether the instance decoder's targets are computed.
     scalings
         Intensity scaling of each pair, by its index.
+    with_targets
+        Whether the instance decoder's targets are computed.
+    bank
+        Draw so many patches, with their augmentation, and go through them again and again, each time in a new order;
+        `None` draws new ones for ever.
     """
 
     def __init__(
@@ -128,10 +131,12 @@ class TrainingPatches(_Patches):
         seed: int,
         scalings: dict[int, Scaling],
         with_targets: bool = True,
+        bank: int | None = None,
     ) -> None:
         super().__init__(pairs, data, scalings, with_targets)
         self.samples_per_epoch = samples_per_epoch
         self.seed = seed
+        self.bank = bank
         self._positions: dict[Region, NDArray[np.int64]] = {}
         self.by_image: list[list[Region]] = [
             [region for region in regions if region.pair == pair]
@@ -139,6 +144,13 @@ class TrainingPatches(_Patches):
         ]
 
     def __getitem__(self, index: int) -> Patch:
+        if self.bank is None:
+            return self._draw(index)
+        again, position = divmod(index, self.bank)
+        order = np.random.default_rng([self.seed, 5, again]).permutation(self.bank) if again else range(self.bank)
+        return self._draw(int(order[position]))._replace(number=index)
+
+    def _draw(self, index: int) -> Patch:
         epoch, position = divmod(index, self.samples_per_epoch)
         order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.by_image))
         rng = np.random.default_rng([self.seed, 2, index])

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from napari_resfinetune.errors import ConfigError
 from napari_resfinetune.models import SamModel
+from napari_resfinetune.models.encoder import encode
 from napari_resfinetune.models.preprocess import PIXEL_MEAN, to_model_input
 
 HALO_PX = 64
@@ -153,7 +154,7 @@ def embed_tile(
     patch = torch.from_numpy(np.ascontiguousarray(image[tile.window].transpose(2, 0, 1)))[None].to(device)
     with autocast(device, precision):
         inputs, input_size = to_model_input(patch, model.input_px)
-        features = model.sam.image_encoder(inputs)
+        features = encode(model.sam.image_encoder, inputs)
     return TileEmbedding(tile, features.float(), (int(input_size[0]), int(input_size[1])))
 
 

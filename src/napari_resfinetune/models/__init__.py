@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from napari_resfinetune.models.adapters import add_adapter, save_adapter
     from napari_resfinetune.models.build import (
         DecoderChoice,
         SamModel,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     )
 
 _MODULES = {
+    "adapters": ("add_adapter", "save_adapter"),
     "build": ("DecoderChoice", "SamModel", "assemble_sam", "load_model", "new_model", "parts", "predictor"),
     "names": (
         "ARCHITECTURES",
@@ -94,6 +96,7 @@ __all__ = [
     "TinyViTEncoder",
     "TrainableReport",
     "Weights",
+    "add_adapter",
     "apply_strategy",
     "assemble_sam",
     "count_parameters",
@@ -115,6 +118,7 @@ __all__ = [
     "predictor",
     "resized_shape",
     "resolve_model",
+    "save_adapter",
     "save_model",
     "save_safetensors",
     "scale_boxes",

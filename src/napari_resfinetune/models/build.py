@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from napari_resfinetune.config import LateLoraStrategy, LoraStrategy
 from napari_resfinetune.errors import ModelError
 from napari_resfinetune.models import upstream
+from napari_resfinetune.models.lora import merge_lora
 from napari_resfinetune.models.names import ARCHITECTURES, known_model
 from napari_resfinetune.models.resolve import ModelLocation, resolve_model
 from napari_resfinetune.models.tiny_vit import TinyViTEncoder
@@ -41,6 +44,14 @@ class BatchStatistics(nn.BatchNorm2d):
         return nn.functional.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
 
 
+@dataclass(frozen=True)
+class Lora:
+    """Adapters in an image encoder: how they were made, and the hash of the encoder that they were put into."""
+
+    strategy: LoraStrategy | LateLoraStrategy
+    encoder_sha256: str
+
+
 class SamModel(nn.Module):
     """Segment Anything and micro-sam's decoder for instance segmentation.
 
@@ -56,6 +67,8 @@ class SamModel(nn.Module):
         What the model was asked for as.
     meta
         What its checkpoint says of itself, plain data: ``patch_px``, ``percentiles`` and so on; empty for foreign ones.
+    lora
+        Which adapters its image encoder has now; `None` for a plain one.
     """
 
     def __init__(self, sam: nn.Module, instance_decoder: nn.Module | None, architecture: str, name: str) -> None:
@@ -65,6 +78,12 @@ class SamModel(nn.Module):
         self.architecture = architecture
         self.name = name
         self.meta: Mapping[str, Any] = {}
+        self.lora: Lora | None = None
+
+    def merge_adapters(self) -> None:
+        """Add adapters to the weights beside them, in place."""
+        merge_lora(self.sam.image_encoder)
+        self.lora = None
 
     @property
     def input_px(self) -> int:
@@ -105,6 +124,8 @@ def load_model(
         When the model cannot be found or read, does not fit, or lacks a required decoder.
     """
     location = model if isinstance(model, ModelLocation) else resolve_model(model)
+    if location.adapter is not None and location.base is not None:
+        return _from_adapter(location.base, location.adapter, decoder, device, seed)
     if location.path is None:
         if decoder == "required":
             raise ModelError(_no_decoder(location.name))
@@ -136,7 +157,7 @@ def new_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sam = _new_sam(architecture)
-        adapter = _instance_decoder(sam.image_encoder) if decoder else None
+        adapter = new_instance_decoder(sam.image_encoder) if decoder else None
     return SamModel(sam, adapter, architecture, name or f"random:{architecture}").to(device).eval()
 
 
@@ -162,6 +183,23 @@ def parts(model: SamModel) -> dict[str, nn.Module]:
     return named
 
 
+def _from_adapter(
+    base: ModelLocation, folder: Path, decoder: DecoderChoice, device: str | torch.device, seed: int
+) -> SamModel:
+    from napari_resfinetune.models.adapters import add_adapter  # which builds on this module
+
+    built = load_model(base, decoder="none", device=device, seed=seed)
+    add_adapter(built, folder, with_instance_decoder=decoder != "none")
+    built.name = folder.resolve().name
+    if built.instance_decoder is None and decoder == "required":
+        raise ModelError(_no_decoder(str(folder)))
+    if built.instance_decoder is None and decoder == "new":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            built.instance_decoder = new_instance_decoder(built.sam.image_encoder).to(device)
+    return built.eval()
+
+
 def _from_weights(
     weights: Weights, location: ModelLocation, new_decoder: bool, device: str | torch.device, seed: int
 ) -> SamModel:
@@ -173,10 +211,10 @@ def _from_weights(
         adapter = None
         if weights.decoder_state is not None:
             where = location.decoder_path or location.path
-            adapter = _instance_decoder(sam.image_encoder, weights.decoder_state, str(where))
+            adapter = new_instance_decoder(sam.image_encoder, weights.decoder_state, str(where))
         elif new_decoder:
             torch.manual_seed(seed)
-            adapter = _instance_decoder(sam.image_encoder)
+            adapter = new_instance_decoder(sam.image_encoder)
     return SamModel(sam, adapter, weights.architecture, location.name).to(device).eval()
 
 
@@ -209,7 +247,8 @@ def assemble_sam(image_encoder: nn.Module) -> Any:
     )
 
 
-def _instance_decoder(image_encoder: nn.Module, state: State | None = None, where: str = "") -> Any:
+def new_instance_decoder(image_encoder: nn.Module, state: State | None = None, where: str = "") -> Any:
+    """Return micro-sam's decoder for an image encoder's embedding, filled with `state` or freshly initialised."""
     try:
         unetr = upstream.get_unetr(image_encoder, decoder_state=state, device="cpu")
     except RuntimeError as error:

@@ -62,7 +62,9 @@ def run_instance_decoder(
     for level, sampler, skip in zip(unet.blocks, unet.samplers, from_encoder[1:4], strict=True):
         x = run(_unet_level, nn.ModuleList([sampler, level]), x, skip)
     x = run(_deconv_or_sampler, decoder.deconv_out, x)
-    x = run(_head, nn.ModuleList([decoder.decoder_head, decoder.out_conv]), x, from_encoder[4])
+    head = decoder.decoder_head
+    x = run(_first_convolution, head, x, from_encoder[4])
+    x = run(_second_convolution, nn.ModuleList([head, decoder.out_conv]), x)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if decoder.final_activation is not None:
         x = decoder.final_activation(x)
@@ -100,17 +102,29 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, tracked
 
 
-def _unet_level(modules: nn.ModuleList, x: Tensor, skip: Tensor) -> Tensor:
+def _unet_level(modules: Any, x: Tensor, skip: Tensor) -> Tensor:
     sampler, level = modules
     x = _deconv_or_sampler(sampler, x)
     # As upstream: of a skip connection with more channels than the level itself, the middle ones are used.
     first = (skip.shape[1] - x.shape[1]) // 2
-    return _conv_block(level, torch.cat([x, skip[:, first : first + x.shape[1]]], dim=1))
+    return _sequence(level.block[3:], _first_convolution(level, x, skip[:, first : first + x.shape[1]]))
 
 
-def _head(modules: nn.ModuleList, x: Tensor, skip: Tensor) -> Tensor:
+def _first_convolution(module: Any, x: Tensor, skip: Tensor) -> Tensor:
+    """Apply norm, convolution and activation of a block to two inputs side by side, without putting them there.
+
+    The norm treats channels one by one, and a convolution of two inputs is the sum of one of each.
+    """
+    norm, conv, act = module.block[:3]
+    own, other = conv.weight.split([x.shape[1], skip.shape[1]], dim=1)
+    y = F.conv2d(_instance_norm(norm, x), own, conv.bias, padding=conv.padding)
+    result: Tensor = act(y + F.conv2d(_instance_norm(norm, skip), other, None, padding=conv.padding))
+    return result
+
+
+def _second_convolution(modules: Any, x: Tensor) -> Tensor:
     head, out_conv = modules
-    result: Tensor = out_conv(_conv_block(head, torch.cat([x, skip], dim=1)))
+    result: Tensor = out_conv(_sequence(head.block[3:], x))
     return result
 
 
@@ -131,7 +145,13 @@ def _deconv_or_sampler(module: Any, x: Tensor) -> Tensor:
             return _deconv(module, x)
         result: Tensor = module(x)
         return result
-    return F.interpolate(conv(x), scale_factor=module.scale_factor, mode="bilinear", align_corners=False)
+    return _enlarge(conv(x), module.scale_factor)
+
+
+def _enlarge(x: Tensor, factor: float) -> Tensor:
+    # Autocast on a CPU would do this in float32, five times slower, for the same numbers: the weights are quarters.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
 def _sequence(modules: Iterable[nn.Module], x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from napari_resfinetune.errors import ModelError
 from napari_resfinetune.models import upstream
+from napari_resfinetune.models.adapter_files import ORIGIN, is_adapter, read_origin
 from napari_resfinetune.models.names import (
     ARCHITECTURES,
     KNOWN_MODELS,
@@ -38,12 +39,16 @@ class ModelLocation:
         The known name, the run folder's name, or the file's stem.
     architecture
         ``"vit_t"``, ``"vit_b"``, ``"vit_l"`` or ``"vit_h"``.
+    adapter, base
+        The folder of an adapter, and the model that it changes; `path` is then that model's.
     """
 
     path: Path | None
     decoder_path: Path | None
     name: str
     architecture: str
+    adapter: Path | None = None
+    base: ModelLocation | None = None
 
 
 def resolve_model(model: str | Path) -> ModelLocation:
@@ -53,7 +58,8 @@ def resolve_model(model: str | Path) -> ModelLocation:
     ----------
     model
         One of micro-sam's names; ``"random:vit_t"`` (or another architecture) for freshly initialised weights; the
-        path of a checkpoint; or a run folder, whose ``model.pt`` is meant.
+        path of a checkpoint; a run folder, whose ``model.pt`` is meant; or the folder of an adapter, whose base is
+        found by the name that the adapter gives.
 
     Raises
     ------
@@ -73,9 +79,23 @@ def resolve_model(model: str | Path) -> ModelLocation:
         if not Path(model).expanduser().exists() and not _looks_like_path(model):
             raise ModelError(_unknown(model))
     path = Path(model).expanduser()
+    if path.is_dir() and is_adapter(path):
+        return _with_base(path)
     name = path.resolve().name if path.is_dir() else path.stem
     file = _in_run_folder(path) if path.is_dir() else path
     return ModelLocation(file, None, name, load_state(file).architecture)
+
+
+def _with_base(folder: Path) -> ModelLocation:
+    origin = read_origin(folder)
+    try:
+        base = resolve_model(origin.base_model)
+    except ModelError as error:
+        raise ModelError(
+            f"{folder}: an adapter for {origin.base_model}, which is not here ({error}); put it there, or write where "
+            f"it is into base_model of {folder / ORIGIN}"
+        ) from None
+    return ModelLocation(base.path, base.decoder_path, folder.resolve().name, base.architecture, folder, base)
 
 
 def _in_run_folder(folder: Path) -> Path:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from napari_resfinetune.config import FrozenStrategy, FullStrategy
+from napari_resfinetune.config import (
+    FrozenStrategy,
+    FullStrategy,
+    LateLoraStrategy,
+    LateStrategy,
+    LoraStrategy,
+    Strategy,
+)
 from napari_resfinetune.config.schema import Targets
 from napari_resfinetune.errors import ModelError
-from napari_resfinetune.models.build import SamModel, parts
+from napari_resfinetune.models.build import Lora, SamModel, parts
+from napari_resfinetune.models.encoder import encoder_units
+from napari_resfinetune.models.lora import add_lora
+from napari_resfinetune.models.weights import weights_hash
 
 
 @dataclass(frozen=True)
@@ -29,24 +39,26 @@ class TrainableReport:
     share: float
 
 
-def apply_strategy(model: SamModel, strategy: FullStrategy | FrozenStrategy, targets: Targets) -> TrainableReport:
-    """Set which parameters learn (`requires_grad`), for every parameter of the model.
+def apply_strategy(model: SamModel, strategy: Strategy, targets: Targets) -> TrainableReport:
+    """Set which parameters learn (`requires_grad`), for every parameter of the model; LoRA also adds its matrices.
 
     The classification head that ``vit_t`` carries for other tools never learns, as nothing uses it.
 
     Parameters
     ----------
     model
-        The model; its weights and mode are left as they are.
+        The model; its weights and mode are left as they are. Adapters that it has are merged.
     strategy
-        ``full``: the image encoder learns too; ``frozen``: it does not.
+        Decides about the image encoder.
     targets
         ``"masks"``: prompt encoder and mask decoder; ``"instances"``: the instance decoder; ``"both"``.
 
     Raises
     ------
     ModelError
-        When `targets` need an instance decoder and the model has none.
+        When `targets` need an instance decoder and the model has none, or there are not so many blocks.
+    ResourceError
+        When LoRA shall have 4-bit weights where they cannot be had.
     """
     if targets != "masks" and model.instance_decoder is None:
         raise ModelError(
@@ -54,16 +66,41 @@ def apply_strategy(model: SamModel, strategy: FullStrategy | FrozenStrategy, tar
             "decoder or set training.targets to 'masks'"
         )
     learns = {
-        "image_encoder": strategy.kind == "full",
+        "image_encoder": False,
         "prompt_encoder": targets != "instances",
         "mask_decoder": targets != "instances",
         "instance_decoder": targets != "masks",
     }
+    model.merge_adapters()
     for name, part in parts(model).items():
         part.requires_grad_(learns[name])
-    if model.architecture == "vit_t":
-        model.sam.image_encoder.head.requires_grad_(False)
+    _let_encoder_learn(model, strategy)
     return count_parameters(model)
+
+
+def _let_encoder_learn(model: SamModel, strategy: Strategy) -> None:
+    units = encoder_units(model.sam.image_encoder)
+    blocks = [i for i, unit in enumerate(units) if unit.is_block]
+    if isinstance(strategy, LateStrategy | LateLoraStrategy):
+        if strategy.blocks > len(blocks):
+            raise ModelError(
+                f"strategy.blocks: {strategy.blocks} blocks shall learn, but the image encoder of {model.architecture} "
+                f"has {len(blocks)}; choose fewer, or strategy full or lora"
+            )
+        blocks = blocks[-strategy.blocks :]
+    if isinstance(strategy, LoraStrategy):
+        model.lora = Lora(strategy, encoder_hash(model))
+        add_lora(model.sam.image_encoder, [units[i].parts[0] for i in blocks], strategy)
+    elif not isinstance(strategy, FrozenStrategy):
+        first = 0 if isinstance(strategy, FullStrategy) else blocks[0]
+        for unit in units[first:]:
+            for parameter in unit.parameters():
+                parameter.requires_grad_(True)
+
+
+def encoder_hash(model: SamModel) -> str:
+    """Return the sha256 of the image encoder's weights as they are now."""
+    return weights_hash(model.sam.image_encoder.state_dict())
 
 
 def count_parameters(model: SamModel) -> TrainableReport:

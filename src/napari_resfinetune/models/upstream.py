@@ -14,6 +14,7 @@ _MODULES = {
     "segment_anything": ("SamPredictor", "sam_model_registry"),
     "segment_anything.modeling": ("ImageEncoderViT", "MaskDecoder", "PromptEncoder", "Sam", "TwoWayTransformer"),
     "segment_anything.modeling.common": ("LayerNorm2d",),
+    "segment_anything.modeling.image_encoder": ("window_partition", "window_unpartition"),
     "segment_anything.utils.transforms": ("ResizeLongestSide",),
     "micro_sam.util": ("get_centers_and_bounding_boxes", "models", "precompute_image_embeddings"),
     "micro_sam.instance_segmentation": (

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from napari_resfinetune.errors import ModelError
+from napari_resfinetune.models.lora import without_lora
 
 if TYPE_CHECKING:
     from napari_resfinetune.models.build import SamModel
@@ -166,7 +168,8 @@ def save_model(path: str | Path, model: SamModel, meta: Mapping[str, Any] | None
     path
         The file to write; replaced as a whole if it is there.
     model
-        Its `sam` goes under ``"model_state"``, its `instance_decoder`, if any, under ``"decoder_state"``.
+        Its `sam`, with adapters merged, goes under ``"model_state"``, its `instance_decoder`, if any, under
+        ``"decoder_state"``.
     meta
         Plain values (text, numbers, lists, dicts) kept under ``"resfinetune"``.
 
@@ -175,7 +178,7 @@ def save_model(path: str | Path, model: SamModel, meta: Mapping[str, Any] | None
     ModelError
         When the file cannot be written.
     """
-    content: dict[str, Any] = {"model_state": _on_cpu(model.sam)}
+    content: dict[str, Any] = {"model_state": _on_cpu(without_lora(model.sam))}
     if model.instance_decoder is not None:
         content["decoder_state"] = _on_cpu(model.instance_decoder)
     content["resfinetune"] = json.loads(json.dumps(dict(meta or {})))
@@ -210,6 +213,21 @@ def load_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
         raise ModelError(
             f"{path}: not a whole safetensors file ({_first_line(error)}); copy or write it again"
         ) from None
+
+
+def replace_folder(folder: Path, new: Path) -> None:
+    """Put `new` in the place of `folder`. At every moment one of ``folder`` and ``.folder.old`` is whole."""
+    old = old_folder(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def old_folder(folder: Path) -> Path:
+    """Return where `replace_folder` keeps what was there until the new one is in its place."""
+    return folder.with_name(f".{folder.name}.old")
 
 
 def weights_hash(state: State) -> str:

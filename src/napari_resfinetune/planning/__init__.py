@@ -1,5 +1,6 @@
 """Floor 2: what the machine has, and how a run fits into it."""
 
+from napari_resfinetune.planning.allocator import Freed, freed_memory
 from napari_resfinetune.planning.hardware import Gpu, Hardware, environment_report, pick_device, probe_hardware
 from napari_resfinetune.planning.memory import (
     MemoryGauge,
@@ -26,6 +27,8 @@ __all__ = [
     "auto_preset",
     "get_preset",
     "preset_fits",
+    "Freed",
+    "freed_memory",
     "MemoryGauge",
     "MemoryReading",
     "gpu_memory_gb",

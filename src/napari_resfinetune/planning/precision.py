@@ -29,11 +29,14 @@ class PrecisionChoice:
         Whether the loss needs scaling, since small gradients vanish in this format.
     reason
         In one sentence.
+    tf32
+        Whether products of what stays in fp32 may be rounded to TF32 on the way.
     """
 
     name: Format
     scaler: bool
     reason: str
+    tf32: bool = False
 
 
 def choose_precision(requested: str, device: str, hardware: Hardware) -> PrecisionChoice:
@@ -59,7 +62,7 @@ def choose_precision(requested: str, device: str, hardware: Hardware) -> Precisi
         raise ConfigError(f"precision {requested!r}: not known; expected {', '.join(get_args(Precision))}")
     kind = device.partition(":")[0]
     if requested == "fp32":
-        return PrecisionChoice("fp32", False, "fp32 as asked")
+        return PrecisionChoice("fp32", False, "fp32 as asked, without TF32")
     if kind == "cpu":
         return _on_cpu(requested, hardware)
     if kind == "mps":
@@ -102,7 +105,7 @@ def _on_card(requested: str, card: Gpu) -> PrecisionChoice:
         slow = " and is slow in it, but saves memory" if card.capability < _VOLTA else ""
         return PrecisionChoice("fp16", True, f"fp16 with loss scaling as asked; {name} can{slow}")
     if card.capability >= _AMPERE:
-        return PrecisionChoice("bf16", False, f"bf16, since {name} has it")
+        return PrecisionChoice("bf16", False, f"bf16, and TF32 for the rest, since {name} has both", tf32=True)
     if card.capability >= _VOLTA:
         return PrecisionChoice("fp16", True, f"fp16 with loss scaling, since {name} is fast in it and has no bf16")
     return PrecisionChoice("fp32", False, f"fp32, since {name} has no fast 16-bit arithmetic")

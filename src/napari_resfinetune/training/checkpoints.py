@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from napari_resfinetune.errors import ModelError, ResourceError
 from napari_resfinetune.models import SamModel
-from napari_resfinetune.models.weights import load_safetensors, save_safetensors
+from napari_resfinetune.models.weights import load_safetensors, old_folder, replace_folder, save_safetensors
 
 FORMAT = 1
 
@@ -90,7 +89,7 @@ def save_checkpoint(
                 new / "optimizer.pt",
             )
         (new / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
-        _replace(folder, new)
+        replace_folder(folder, new)
     except (OSError, RuntimeError, ModelError) as error:  # torch and safetensors report a full disk in their own way
         shutil.rmtree(new, ignore_errors=True)
         raise ResourceError(
@@ -110,7 +109,7 @@ def keep_checkpoint(folder: Path, name: str) -> Path:
     try:
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(folder, new)
-        _replace(kept, new)
+        replace_folder(kept, new)
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
         raise ResourceError(f"{kept}: the checkpoint could not be written ({error}); free disk space") from error
@@ -119,7 +118,7 @@ def keep_checkpoint(folder: Path, name: str) -> Path:
 
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the whole checkpoint called `folder`, also when a crash fell between its two renames."""
-    for candidate in (folder, _old(folder)):
+    for candidate in (folder, old_folder(folder)):
         if (candidate / "state.json").is_file():
             return candidate
     return None
@@ -196,17 +195,3 @@ def read_state(folder: Path) -> dict[str, Any]:
     if state.get("format") != FORMAT:
         raise ModelError(f"{path}: format {state.get('format')}; this version reads format {FORMAT}")
     return state
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _replace(folder: Path, new: Path) -> None:
-    """Put `new` in the place of `folder`. At every moment one of the two names holds a whole checkpoint."""
-    old = _old(folder)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,19 @@ from torch.utils.data import DataLoader
 from napari_resfinetune.config import FinetuneConfig, TrainingConfig
 from napari_resfinetune.data.patches import Patch, TrainingPatches, ValidationPatches
 from napari_resfinetune.errors import ResourceError, TrainingError
-from napari_resfinetune.events import Checkpointed, EpochEnded, Event, Finished, Started, Status, Step, StopToken
-from napari_resfinetune.models import SamModel, save_model
-from napari_resfinetune.planning.memory import peak_memory_gb, process_memory_gb
+from napari_resfinetune.events import (
+    Checkpointed,
+    EpochEnded,
+    Event,
+    Finished,
+    Message,
+    Started,
+    Status,
+    Step,
+    StopToken,
+)
+from napari_resfinetune.models import SamModel, save_adapter, save_model
+from napari_resfinetune.planning.memory import GB, peak_memory_gb, process_memory_gb
 from napari_resfinetune.training.checkpoints import (
     Progress,
     find_checkpoint,
@@ -30,9 +41,17 @@ from napari_resfinetune.training.checkpoints import (
     load_weights,
     save_checkpoint,
 )
+from napari_resfinetune.training.feature_cache import FeatureCache, name_of_part
 from napari_resfinetune.training.prompts import PromptPlan, plan_training_prompts, plan_validation_prompts
 from napari_resfinetune.training.run_folder import RunFolder
-from napari_resfinetune.training.step import Losses, StepSettings, backward_sample, validate_sample
+from napari_resfinetune.training.step import (
+    Losses,
+    StepSettings,
+    backward_samples,
+    frozen_tokens,
+    frozen_units,
+    validate_sample,
+)
 
 # Weight of the instance decoder's loss in the validation metric, as in micro-sam.
 INSTANCE_METRIC_WEIGHT = 1 / 3
@@ -63,6 +82,8 @@ class TrainingJob:
         Whether losses are scaled (float16).
     workers
         Processes that load patches; 0 loads in this one.
+    keep_features
+        Whether what the frozen part of the image encoder computes is kept on disk.
     """
 
     config: FinetuneConfig
@@ -74,6 +95,7 @@ class TrainingJob:
     objects: int
     use_scaler: bool = False
     workers: int = 0
+    keep_features: bool = False
 
 
 class Trainer:
@@ -106,6 +128,8 @@ class Trainer:
         if latest is not None:
             load_weights(latest, job.model)
             self.progress = load_training(latest, self.optimizer, self.scheduler, self.scaler)
+        self._notes: list[str] = []
+        self.features = self._open_features() if job.keep_features else None
 
     def run(self, stop: StopToken) -> Iterator[Event]:
         """Train until the last epoch, early stopping, or a request to stop; then write ``model.pt``.
@@ -118,6 +142,8 @@ class Trainer:
         progress = self.progress
         self._clock = time.monotonic() - progress.seconds
         yield self._started()
+        if self.features is not None:
+            yield Message(self._announce(self.features))
         status = self._ended()
         for batch in self._loader() if status is None else ():
             if stop.stopped:
@@ -127,10 +153,15 @@ class Trainer:
             yield self._step_in_memory(batch)
             if progress.step == self.steps_per_epoch:
                 yield from self._end_epoch()
+            while self._notes:
+                yield Message(self._notes.pop(0))
+            if progress.step == 0:
                 status = self._ended()
                 if status is not None:
                     break
         self.write_best()
+        if status != "stopped":
+            shutil.rmtree(self.job.run.features, ignore_errors=True)
         yield Finished(
             status=status or "finished",
             best_epoch=progress.best_epoch,
@@ -175,7 +206,31 @@ class Trainer:
             **({"channels": list(data.channels)} if data.channels is not None else {}),
         }
         save_model(self.job.run.model, self.job.model, meta)
+        if self.job.model.lora is not None:
+            save_adapter(self.job.run.adapter, self.job.model, self.job.config.model, meta)
         return self.job.run.model
+
+    def _open_features(self) -> FeatureCache:
+        """Open the cache for the weights as they are now, after those of a checkpoint are in."""
+        resources, settings = self.job.config.resources, self.job.settings
+        part = name_of_part(
+            frozen_units(self.job.model, settings),
+            input_px=settings.input_px,
+            positions=settings.positions,
+            autocast=str(settings.autocast),
+        )
+        folder = resources.feature_cache_dir or self.job.run.features
+        return FeatureCache(folder, part, resources.feature_cache_gb, self._notes.append)
+
+    def _announce(self, features: FeatureCache) -> str:
+        """Say what the cache will take, after encoding one patch that is needed anyway."""
+        tokens = frozen_tokens(self.job.model, self.job.validation[0], self.job.settings, features)
+        patches = (self.job.training.bank or 0) + len(self.job.validation)
+        gb = tokens.numel() * 2 / GB
+        return (
+            f"features of the frozen part are kept in {features.folder}: {patches} patches of {gb * 1000:.1f} MB, "
+            f"{patches * gb:.2f} GB in all; after the first epoch it is not computed again"
+        )
 
     def _started(self) -> Started:
         counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.job.model.parameters()]
@@ -216,28 +271,15 @@ class Trainer:
         started = time.monotonic()
         progress = self.progress
         self.job.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
         step = progress.epoch * self.steps_per_epoch + progress.step
-        losses = [
-            backward_sample(
-                self.job.model,
-                patch,
-                self._training_prompts(patch, step),
-                self.job.settings,
-                train_instances=self.with_instances,
-                weight=1 / len(batch),
-                scaler=self.scaler,
-            )
-            for patch in batch
-        ]
-        loss = _mean([sample.total for sample in losses])
-        if not math.isfinite(loss):
-            raise self._fail("the loss")
-        if self.scaler is not None:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        plans = [self._training_prompts(patch, step) for patch in batch]
+        if self.plan.update == "alternating" and self.with_masks and self.with_instances:
+            masks = self._update(batch, plans, train_instances=False)
+            instances = self._update(batch, [None] * len(batch), train_instances=True)
+            losses = [replace(one, instance=other.instance) for one, other in zip(masks, instances, strict=True)]
         else:
-            self.optimizer.step()
+            losses = self._update(batch, plans, train_instances=self.with_instances)
+        loss = _mean([sample.total for sample in losses])
         event = Step(
             epoch=progress.epoch,
             step=progress.step,
@@ -252,6 +294,34 @@ class Trainer:
         progress.loss_sum += loss
         progress.seconds = time.monotonic() - self._clock
         return event
+
+    def _update(
+        self, batch: Sequence[Patch], plans: Sequence[PromptPlan | None], *, train_instances: bool
+    ) -> list[Losses]:
+        """Take one optimizer step, unless the loss is no longer a number."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses: list[Losses] = []
+        at_once = self.job.config.resources.micro_batch
+        for first in range(0, len(batch), at_once):
+            chosen = slice(first, first + at_once)
+            losses += backward_samples(
+                self.job.model,
+                batch[chosen],
+                plans[chosen],
+                self.job.settings,
+                train_instances=train_instances,
+                weight=1 / len(batch),
+                scaler=self.scaler,
+                features=self.features,
+            )
+        if not all(math.isfinite(sample.total) for sample in losses):
+            raise self._fail("the loss")
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        return losses
 
     def _end_epoch(self) -> Iterator[Event]:
         progress = self.progress
@@ -297,7 +367,14 @@ class Trainer:
                 else None
             )
             losses.append(
-                validate_sample(self.job.model, patch, prompts, self.job.settings, with_instances=self.with_instances)
+                validate_sample(
+                    self.job.model,
+                    patch,
+                    prompts,
+                    self.job.settings,
+                    with_instances=self.with_instances,
+                    features=self.features,
+                )
             )
         mask, instance = _mean_part(losses, "mask"), _mean_part(losses, "instance")
         if mask is None or instance is None:

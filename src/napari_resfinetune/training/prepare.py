@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from napari_resfinetune.data.doctor import CheckReport, check_pairs
 from napari_resfinetune.data.pairs import Pair, find_pairs, join_held_out
 from napari_resfinetune.data.patches import TrainingPatches, ValidationPatches, measure_scalings
 from napari_resfinetune.data.split import Split, split_pairs, whole_regions
-from napari_resfinetune.errors import ConfigError, DataError
+from napari_resfinetune.errors import ConfigError, DataError, ResourceError
 from napari_resfinetune.models import (
     ModelLocation,
     TrainableReport,
@@ -36,10 +38,11 @@ from napari_resfinetune.planning import (
 )
 from napari_resfinetune.training.loop import TrainingJob
 from napari_resfinetune.training.run_folder import RunFolder
-from napari_resfinetune.training.step import StepSettings
+from napari_resfinetune.training.step import StepSettings, frozen_units
 
 DEFAULT_OBJECTS = 10
 PATCHES_TO_MEASURE = 16
+COMPILERS = ("g++", "clang++", "cl")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -167,6 +170,11 @@ def choose_setup(config: FinetuneConfig, hardware: Hardware) -> Setup:
         When the configuration asks for what the machine does not have.
     """
     device, notes = pick_device(config.resources.device, hardware)
+    if config.resources.compile and device == "cpu" and not any(shutil.which(name) for name in COMPILERS):
+        raise ResourceError(
+            f"resources.compile: no C++ compiler found (looked for {', '.join(COMPILERS)}); install one, or leave "
+            "compile off"
+        )
     precision = choose_precision(config.resources.precision, device, hardware)
     preset = config.resources.preset
     return Setup(
@@ -183,6 +191,9 @@ def settle(config: FinetuneConfig, setup: Setup, model: ModelLocation) -> Finetu
     if model.path is not None and Path(config.model).exists():
         config = config.model_copy(update={"model": str(Path(config.model).absolute())})
     config = config.model_copy(update={"data": config.data.with_absolute_paths()})
+    if config.resources.feature_cache_dir is not None:
+        folder = {"feature_cache_dir": config.resources.feature_cache_dir.absolute()}
+        config = config.model_copy(update={"resources": config.resources.model_copy(update=folder)})
     if config.training.objects is not None:
         return config
     objects = get_preset(setup.preset).objects.get(model.architecture, DEFAULT_OBJECTS)
@@ -208,17 +219,19 @@ def make_job(
     """
     if config.resources.threads is not None:
         torch.set_num_threads(config.resources.threads)
+    if setup.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high" if setup.precision.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = setup.precision.tf32
     targets = config.training.targets
     torch.manual_seed(config.training.seed)
     model = load_model(
         config.model, decoder="none" if targets == "masks" else "new", device=setup.device, seed=config.training.seed
     )
-    report = apply_strategy(model, config.strategy, targets)
-    split = data.split
-    scalings = measure_scalings(data.pairs, split.train + split.validation, config.data)
-    training = TrainingPatches(
+    scalings = measure_scalings(data.pairs, data.split.train + data.split.validation, config.data)
+    draw = functools.partial(
+        TrainingPatches,
         data.pairs,
-        split.train,
+        data.split.train,
         config.data,
         samples_per_epoch=config.training.samples_per_epoch,
         seed=config.training.seed,
@@ -226,28 +239,41 @@ def make_job(
         with_targets=targets != "masks",
     )
     validation = ValidationPatches(
-        data.pairs, split.validation, config.data, scalings=scalings, with_targets=targets != "masks"
+        data.pairs, data.split.validation, config.data, scalings=scalings, with_targets=targets != "masks"
     )
     if config.training.batch_norm == "measure" and model.architecture == "vit_t":
-        patches = (training[index].image[None].to(setup.device) for index in range(PATCHES_TO_MEASURE))
+        fresh = draw()
+        patches = (fresh[index].image[None].to(setup.device) for index in range(PATCHES_TO_MEASURE))
         measure_batch_norm(
             model.sam.image_encoder, (to_model_input(patch, config.training.input_px)[0] for patch in patches)
         )
+    report = apply_strategy(model, config.strategy, targets)
     settings = StepSettings(
         autocast=DTYPES[setup.precision.name],
         object_chunk=config.resources.object_chunk,
+        checkpoint_encoder=config.resources.checkpoint_encoder,
+        checkpoint_instance_decoder=config.resources.checkpoint_instance_decoder,
+        compile=config.resources.compile,
         input_px=config.training.input_px,
+        positions=config.training.positions,
     )
+    keep_features = config.resources.feature_cache == "auto" and any(
+        unit.is_block for unit in frozen_units(model, settings)
+    )
+    if keep_features and config.training.patch_bank is None:
+        bank = {"patch_bank": config.training.samples_per_epoch}
+        config = config.model_copy(update={"training": config.training.model_copy(update=bank)})
     job = TrainingJob(
         config,
         run,
         model,
-        training,
+        draw(bank=config.training.patch_bank),
         validation,
         settings,
         objects=config.training.objects or DEFAULT_OBJECTS,
         use_scaler=setup.precision.scaler,
         workers=setup.workers,
+        keep_features=keep_features,
     )
     return job, report
 

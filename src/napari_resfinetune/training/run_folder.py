@@ -54,6 +54,16 @@ class RunFolder:
         return self.path / "model.pt"
 
     @property
+    def adapter(self) -> Path:
+        """The best model as an adapter, of runs with strategy ``lora`` or ``late_lora``."""
+        return self.path / "adapter"
+
+    @property
+    def features(self) -> Path:
+        """What the frozen part of the image encoder computed, while the run lasts."""
+        return self.path / "features"
+
+    @property
     def events(self) -> Path:
         """Everything that happened, one JSON object a line."""
         return self.path / "events.jsonl"

@@ -1,4 +1,4 @@
-"""The training step: SAM's losses on one sample, with gradients streamed through the decoders.
+"""The training step: SAM's losses on a few samples, with gradients streamed through the decoders.
 
 The image encoder runs once. Its embedding is cut off as a leaf, each decoder runs forward and backward on its own (the
 mask decoder round by round and chunk of objects by chunk of objects), and the gradient that has gathered on the leaf
@@ -8,27 +8,30 @@ is the sum of the gradients and prompts are drawn without gradient; memory is th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
+from napari_resfinetune.config.schema import Positions
 from napari_resfinetune.data.patches import Patch
 from napari_resfinetune.models import SamModel
-from napari_resfinetune.models.attention import encode
+from napari_resfinetune.models.encoder import Unit, compiled, encoder_units, first_that_learns, run_units
 from napari_resfinetune.models.instance_decoder import run_instance_decoder
 from napari_resfinetune.models.mask_decoder import embed_prompts, predict_masks
-from napari_resfinetune.models.preprocess import scale_boxes, scale_coords, to_model_input
+from napari_resfinetune.models.preprocess import resized_shape, scale_boxes, scale_coords, to_model_input
+from napari_resfinetune.training.feature_cache import FeatureCache
 from napari_resfinetune.training.losses import instance_loss, low_res_mask_loss, upsample_masks
 from napari_resfinetune.training.prompts import PromptPlan, Prompts, next_points
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How a step is computed. None of these changes its gradients beyond rounding.
+    """How a step is computed. Only `input_px` and `positions` change what is learned; the rest is equal up to rounding.
 
     Attributes
     ----------
@@ -40,9 +43,13 @@ class StepSettings:
         Keep fewer activations and compute them again in the backward pass.
     folded_attention
         Send relative positions through the attention kernel as extra columns.
+    compile
+        Run encoder blocks and decoders through ``torch.compile``.
     input_px
-        Side of the square that a patch is resized to: 1024 for the whole field of view of SAM, less for a part of it,
-        its upper left corner, with the position encodings of that part.
+        Side of the square that a patch is resized to; SAM's own is 1024.
+    positions
+        Which position encodings a smaller input gets: ``"part"`` those of the upper left part of SAM's field of view,
+        ``"stretched"`` those of the whole field, interpolated.
     """
 
     autocast: torch.dtype | None = None
@@ -50,7 +57,9 @@ class StepSettings:
     checkpoint_encoder: bool = False
     checkpoint_instance_decoder: bool = False
     folded_attention: bool = True
+    compile: bool = False
     input_px: int = 1024
+    positions: Positions = "part"
 
 
 @dataclass(frozen=True)
@@ -67,26 +76,29 @@ class Losses:
         return sum(part for part in (self.mask, self.iou, self.instance) if part is not None)
 
 
-def backward_sample(
+def backward_samples(
     model: SamModel,
-    patch: Patch,
-    plan: PromptPlan | None,
+    patches: Sequence[Patch],
+    plans: Sequence[PromptPlan | None],
     settings: StepSettings,
     *,
     train_instances: bool,
     weight: float = 1.0,
     scaler: GradScaler | None = None,
-) -> Losses:
-    """Add the gradient of one sample's loss to the model's trainable parameters.
+    features: FeatureCache | None = None,
+) -> list[Losses]:
+    """Add the gradients of some samples' losses to the model's trainable parameters.
+
+    The samples share one pass through the image encoder; decoders see them one by one.
 
     Parameters
     ----------
     model
         In training mode, on its device.
-    patch
-        The sample.
-    plan
-        Prompts for the mask decoder's loss; `None` leaves it out.
+    patches
+        The samples.
+    plans
+        Prompts for the mask decoder's loss of each sample; `None` leaves it out.
     settings
         How to compute.
     train_instances
@@ -95,57 +107,55 @@ def backward_sample(
         Factor on all losses, one over the number of samples in an optimizer step.
     scaler
         Multiplies losses before the backward pass (float16).
+    features
+        Where the frozen part of the image encoder is read instead of computed.
 
     Returns
     -------
-    Losses
-        Unweighted.
+    list of Losses
+        Of each sample, unweighted.
     """
-    device = next(model.parameters()).device
-    encoder_learns = any(parameter.requires_grad for parameter in model.sam.image_encoder.parameters())
+    embedding, input_size = _encode(model, patches, settings, features)
+    learns = embedding.requires_grad
+    leaves = [part.detach().requires_grad_(learns) for part in embedding.split(1)]
 
     def backward(loss: Tensor) -> None:
         loss = loss * weight
         (scaler.scale(loss) if scaler is not None else loss).backward()
 
-    with _autocast(device, settings):
-        images, input_size = to_model_input(patch.image[None].to(device, non_blocking=True), settings.input_px)
-        embedding = encode(
-            model.sam.image_encoder,
-            images,
-            checkpoint_blocks=settings.checkpoint_encoder,
-            folded=settings.folded_attention,
-        )
-    leaf = embedding.detach().requires_grad_(encoder_learns)
-    instance = None
-    if train_instances:
-        with _autocast(device, settings):
+    losses = []
+    for leaf, patch, plan in zip(leaves, patches, plans, strict=True):
+        mask = iou = instance = None
+        if train_instances:
             loss = instance_part(model, leaf, patch, input_size, settings)
-        backward(loss)
-        instance = loss.item()
-        del loss
-    mask = iou = None
-    if plan is not None:
-        mask = iou = 0.0
-        for mask_loss, iou_loss in mask_part(model, leaf, plan, input_size, settings):
-            backward(mask_loss + iou_loss)
-            mask += mask_loss.item()
-            iou += iou_loss.item()
-    if encoder_learns and leaf.grad is not None:
-        embedding.backward(leaf.grad)
-    return Losses(mask, iou, instance)
+            backward(loss)
+            instance = loss.item()
+            del loss
+        if plan is not None:
+            mask = iou = 0.0
+            for mask_loss, iou_loss in mask_part(model, leaf, plan, input_size, settings):
+                backward(mask_loss + iou_loss)
+                mask += mask_loss.item()
+                iou += iou_loss.item()
+        losses.append(Losses(mask, iou, instance))
+    if learns and all(leaf.grad is not None for leaf in leaves):
+        embedding.backward(torch.cat([leaf.grad for leaf in leaves if leaf.grad is not None]))
+    return losses
 
 
 @torch.no_grad()
 def validate_sample(
-    model: SamModel, patch: Patch, plan: PromptPlan | None, settings: StepSettings, *, with_instances: bool
+    model: SamModel,
+    patch: Patch,
+    plan: PromptPlan | None,
+    settings: StepSettings,
+    *,
+    with_instances: bool,
+    features: FeatureCache | None = None,
 ) -> Losses:
     """Compute the losses of one sample without gradients; the model is in evaluation mode."""
-    device = next(model.parameters()).device
-    with _autocast(device, settings):
-        images, input_size = to_model_input(patch.image[None].to(device), settings.input_px)
-        embedding = encode(model.sam.image_encoder, images, folded=settings.folded_attention)
-        instance = instance_part(model, embedding, patch, input_size, settings).item() if with_instances else None
+    embedding, input_size = _encode(model, [patch], settings, features)
+    instance = instance_part(model, embedding, patch, input_size, settings).item() if with_instances else None
     mask = iou = None
     if plan is not None:
         parts = list(mask_part(model, embedding, plan, input_size, settings))
@@ -159,13 +169,14 @@ def instance_part(
 ) -> Tensor:
     """Return the loss of foreground and distance maps: dice errors of the three."""
     original_size = (patch.image.shape[-2], patch.image.shape[-1])
-    prediction = run_instance_decoder(
-        model.instance_decoder,
-        embedding,
-        input_size,
-        original_size,
-        checkpoint=settings.checkpoint_instance_decoder and torch.is_grad_enabled(),
-    )
+    with _autocast(embedding.device, settings):
+        prediction: Tensor = _run(run_instance_decoder, settings)(
+            model.instance_decoder,
+            embedding,
+            input_size,
+            original_size,
+            checkpoint=settings.checkpoint_instance_decoder and torch.is_grad_enabled(),
+        )
     return instance_loss(prediction.float(), patch.targets[None].to(prediction.device, non_blocking=True))
 
 
@@ -212,14 +223,19 @@ def _predict(
 ) -> tuple[Tensor, Tensor]:
     """Return low-resolution mask logits "NCYX" and predicted IoU "NC" of every object; `size` is the patch's."""
     encoder = model.sam.prompt_encoder
+    grid = (int(embedding.shape[-2]), int(embedding.shape[-1]))
+    if settings.positions == "stretched":
+        field, positions = (settings.input_px, settings.input_px), encoder.pe_layer(grid)[None]
+    else:
+        field, positions = encoder.input_image_size, encoder.get_dense_pe()[..., : grid[0], : grid[1]]
     sparse = embed_prompts(
         encoder,
         None if prompts.points is None else scale_coords(prompts.points, size, settings.input_px),
         prompts.point_labels,
         None if prompts.boxes is None else scale_boxes(prompts.boxes, size, settings.input_px),
+        field,
     )
-    positions = encoder.get_dense_pe()[..., : embedding.shape[-2], : embedding.shape[-1]]
-    return predict_masks(
+    predicted: tuple[Tensor, Tensor] = _run(predict_masks, settings)(
         model.sam.mask_decoder,
         encoder,
         embedding,
@@ -228,6 +244,57 @@ def _predict(
         mask_prompt_logits=mask_prompt,
         multimask=multimask,
     )
+    return predicted
+
+
+def frozen_units(model: SamModel, settings: StepSettings) -> list[Unit]:
+    """Return the units of the image encoder below the first that learns."""
+    units = _units(model, settings)
+    return units[: first_that_learns(units)]
+
+
+def _units(model: SamModel, settings: StepSettings) -> list[Unit]:
+    return encoder_units(
+        model.sam.image_encoder,
+        folded=settings.folded_attention,
+        stretched=settings.positions == "stretched",
+        through_compile=settings.compile,
+    )
+
+
+def _encode(
+    model: SamModel, patches: Sequence[Patch], settings: StepSettings, features: FeatureCache | None = None
+) -> tuple[Tensor, tuple[int, int]]:
+    """Return the embedding "BCYX" of patches of one size, and height and width of each in the model's input, in px."""
+    device = next(model.parameters()).device
+    units = _units(model, settings)
+    with _autocast(device, settings):
+        if features is None:
+            pixels = torch.stack([patch.image for patch in patches]).to(device, non_blocking=True)
+            tokens, _ = to_model_input(pixels, settings.input_px)
+        else:
+            tokens = torch.cat([frozen_tokens(model, patch, settings, features) for patch in patches])
+            units = units[first_that_learns(units) :]
+        embedding = run_units(units, tokens, checkpoint_units=settings.checkpoint_encoder)
+    height, width = patches[0].image.shape[-2:]
+    return embedding, resized_shape((height, width), settings.input_px)
+
+
+@torch.no_grad()
+def frozen_tokens(model: SamModel, patch: Patch, settings: StepSettings, features: FeatureCache) -> Tensor:
+    """Return what the frozen part of the image encoder makes of a patch, from the cache or computed and put there."""
+    device = next(model.parameters()).device
+
+    def compute() -> Tensor:
+        with _autocast(device, settings):
+            images, _ = to_model_input(patch.image[None].to(device, non_blocking=True), settings.input_px)
+            return run_units(frozen_units(model, settings), images)
+
+    return features.get(patch.image, compute).to(device, non_blocking=True)
+
+
+def _run(function: Callable[..., Any], settings: StepSettings) -> Callable[..., Any]:
+    return compiled(function) if settings.compile else function
 
 
 def _autocast(device: torch.device, settings: StepSettings) -> AbstractContextManager[object]:
