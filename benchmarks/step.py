@@ -5,8 +5,9 @@
     python benchmarks/step.py --strategy frozen --json
 
 Both start from the same weights and see the same patch of 512 px with the same number of objects. Times are medians
-over the iterations after the first. On a CPU, peak memory is the most that the process held, imports included; on CUDA
-it is the most that tensors took. `--ours-only` and `--micro-sam-only` run one of the two.
+over the iterations after the first, so that what is frozen comes from the feature cache, as after the first epoch.
+micro-sam has no late strategies; beside them it does its full step. On a CPU, peak memory is the most that the process
+held, imports included; on CUDA it is the most that tensors took. `--ours-only` and `--micro-sam-only` run one side.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ LEVERS = (
     "stretched",
     "alternating",
     "return-memory",
+    "no-cache",
     "targets=T",
 )
 
@@ -45,7 +47,8 @@ def main() -> None:
     """Run the comparison, or one side of it when called by itself."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_b", choices=("vit_t", "vit_b", "vit_l", "vit_h"))
-    parser.add_argument("--strategy", default="full", choices=("full", "frozen"))
+    parser.add_argument("--strategy", default="full", choices=("full", "frozen", "late", "lora", "late_lora"))
+    parser.add_argument("--blocks", type=int, default=3, help="of the late strategies")
     parser.add_argument("--objects", type=int, default=10)
     parser.add_argument("--sub-iterations", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=4, help="the first is not counted")
@@ -82,26 +85,31 @@ def run_ours(options: argparse.Namespace) -> tuple[list[float], float]:
     import numpy as np
     import torch
 
-    from napari_resfinetune.config import FrozenStrategy, FullStrategy
     from napari_resfinetune.models import apply_strategy, load_model
     from napari_resfinetune.planning import freed_memory
+    from napari_resfinetune.training.feature_cache import FeatureCache, name_of_part
     from napari_resfinetune.training.prompts import plan_training_prompts
-    from napari_resfinetune.training.step import backward_samples
+    from napari_resfinetune.training.step import backward_samples, frozen_units
 
     settings, targets = make_settings(options.levers, options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     model = load_model(options.checkpoint, decoder="new", device=options.device)
-    apply_strategy(model, FullStrategy() if options.strategy == "full" else FrozenStrategy(), targets)
+    apply_strategy(model, make_strategy(options), targets)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     part = settings.input_px if settings.positions == "part" else 1024
     patch = make_patch(options.objects, PATCH_PX * part // 1024)
     levers = options.levers.split(",")
+    features = None
+    frozen = frozen_units(model, settings)
+    if any(unit.is_block for unit in frozen) and "no-cache" not in levers:
+        folder = Path(options.checkpoint).parent / "features"
+        features = FeatureCache(folder, name_of_part(frozen, levers=options.levers), 20.0, print)
 
     def update(plan: Any, *, instances: bool) -> None:
         optimizer.zero_grad(set_to_none=True)
-        backward_samples(model, [patch], [plan], settings, train_instances=instances)
+        backward_samples(model, [patch], [plan], settings, train_instances=instances, features=features)
         optimizer.step()
 
     def one_step(step: int) -> None:
@@ -130,6 +138,14 @@ def run_ours(options: argparse.Namespace) -> tuple[list[float], float]:
     return seconds, _peak_gb(options.device)
 
 
+def make_strategy(options: argparse.Namespace) -> Any:
+    """Return the configuration of a strategy by its name."""
+    from napari_resfinetune.config import FinetuneConfig
+
+    settings = {"blocks": options.blocks} if options.strategy.startswith("late") else {}
+    return FinetuneConfig.model_validate({"strategy": {"kind": options.strategy, **settings}}).strategy
+
+
 def make_settings(levers: str, device: str) -> tuple[Any, Any]:
     """Return `StepSettings` and targets from comma-separated levers."""
     from napari_resfinetune.planning import choose_precision, probe_hardware
@@ -140,6 +156,8 @@ def make_settings(levers: str, device: str) -> tuple[Any, Any]:
     unknown = set(chosen) - {lever.partition("=")[0] for lever in LEVERS}
     if unknown:
         raise SystemExit(f"levers: {', '.join(sorted(unknown))} not known; expected {', '.join(LEVERS)}")
+    if "unfolded" in chosen and "input" in chosen and "stretched" not in chosen:
+        raise SystemExit("levers: unfolded attention stretches a smaller input; add stretched")
     precision = next((name for name in DTYPES if name in chosen), None)
     if precision is None:
         precision = choose_precision("auto", device, probe_hardware()).name
@@ -180,6 +198,7 @@ def run_micro_sam(options: argparse.Namespace) -> tuple[list[float], float]:
             n_sub_iteration=options.sub_iterations,
             checkpoint_path=options.checkpoint,
             freeze=["image_encoder"] if options.strategy == "frozen" else None,
+            peft_kwargs={"rank": 4} if options.strategy == "lora" else None,
             device=options.device,
             save_root=folder,
             verify_n_labels_in_loader=None,

@@ -91,10 +91,10 @@ def test_objects_on_one_side_of_the_only_image_are_refused():
         split_pairs(find_pairs([image], [labels]).pairs)
 
 
-def training_patches(pairs, data, seed=0, samples=6):
+def training_patches(pairs, data, seed=0, samples=6, bank=None):
     split = split_pairs(pairs)
     scalings = measure_scalings(pairs, split.train, data)
-    return TrainingPatches(pairs, split.train, data, samples_per_epoch=samples, seed=seed, scalings=scalings)
+    return TrainingPatches(pairs, split.train, data, samples_per_epoch=samples, seed=seed, scalings=scalings, bank=bank)
 
 
 def test_a_patch_depends_on_its_number_and_the_seed_alone():
@@ -179,3 +179,26 @@ def test_real_images_become_patches(dev_data, modality):
         assert patch.image.shape == (3, 256, 256)
         assert patch.image.std() > 1
         assert patch.labels.max() >= 1
+
+
+def test_a_bank_of_patches_comes_again_in_another_order_and_with_new_numbers():
+    pairs, data = pairs_of(4), DataConfig(patch_px=64)
+    fresh, bank = training_patches(pairs, data), training_patches(pairs, data, bank=6)
+    first, again = [bank[i] for i in range(6)], [bank[i] for i in range(6, 12)]
+    for i, patch in enumerate(first):
+        assert torch.equal(patch.image, fresh[i].image) and torch.equal(patch.targets, fresh[i].targets)
+    assert [patch.number for patch in again] == list(range(6, 12))
+    order = [next(i for i, one in enumerate(first) if torch.equal(one.image, patch.image)) for patch in again]
+    assert sorted(order) == list(range(6)) and order != list(range(6))
+    for i, patch in zip(order, again, strict=True):
+        assert torch.equal(first[i].labels, patch.labels) and torch.equal(first[i].targets, patch.targets)
+
+
+def test_targets_of_patches_that_come_again_are_computed_once(monkeypatch):
+    pairs, data = pairs_of(4), DataConfig(patch_px=64)
+    bank = training_patches(pairs, data, bank=3)
+    first = [bank[i] for i in range(3)]
+    monkeypatch.setattr("napari_resfinetune.data.patches.instance_targets", None)
+    for i in range(3, 9):
+        patch = bank[i]
+        assert any(torch.equal(patch.labels, one.labels) and torch.equal(patch.targets, one.targets) for one in first)

@@ -132,11 +132,20 @@ class StopAfter:
             self.token.stop()
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5], ids=["first epoch", "end of an epoch", "last epoch"])
-def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(cells, tmp_path, steps):
-    whole = run(cells, tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("strategy", "steps"),
+    [
+        pytest.param("full", 1, id="first epoch"),
+        pytest.param("full", 2, id="end of an epoch"),
+        pytest.param("full", 5, id="last epoch"),
+        pytest.param({"kind": "late", "blocks": 2}, 3, id="features kept"),
+        pytest.param({"kind": "lora", "dropout": 0.3}, 3, id="adapters"),
+    ],
+)
+def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(cells, tmp_path, strategy, steps):
+    whole = run(cells, tmp_path / "whole", strategy=strategy)
     stop = StopAfter(steps)
-    settings = {**SMALL, "training": TRAINING}
+    settings = {**SMALL, "training": TRAINING, "strategy": strategy}
     halted = rf.train(
         cells / "images",
         cells / "labels",
@@ -208,6 +217,8 @@ def test_micro_batches_and_checkpointing_change_nothing_but_rounding(cells, tmp_
 @pytest.mark.parametrize(
     ("strategy", "targets", "learning"),
     [
+        ("late", "masks", {"image_encoder", "prompt_encoder", "mask_decoder"}),
+        ("lora", "both", {"image_encoder", "prompt_encoder", "mask_decoder", "instance_decoder"}),
         ("frozen", "both", {"prompt_encoder", "mask_decoder", "instance_decoder"}),
         ("frozen", "instances", {"instance_decoder"}),
         ("full", "masks", {"image_encoder", "prompt_encoder", "mask_decoder"}),
@@ -227,6 +238,55 @@ def test_only_what_should_learn_changes(cells, tmp_path, strategy, targets, lear
         if any(not torch.equal(v, state[k]) for k, v in after.instance_decoder.state_dict().items()):
             changed.add("instance_decoder")
     assert changed == learning
+
+
+def test_features_are_computed_in_the_first_epoch_alone_and_go_when_the_run_has_finished(cells, tmp_path, monkeypatch):
+    from napari_resfinetune.training.feature_cache import FeatureCache
+
+    misses: list[int] = []
+    get = FeatureCache.get
+
+    def counted(self, *args):
+        found = get(self, *args)
+        misses.append(self.misses)
+        return found
+
+    monkeypatch.setattr(FeatureCache, "get", counted)
+    events: list[Event] = []
+    run(cells, tmp_path / "run", events, strategy="frozen")
+    asked_per_epoch = (len(misses) - 1) // 3  # one more, to say beforehand what it takes
+    assert 4 < misses[asked_per_epoch] == misses[-1]
+    said = [event.text for event in events if isinstance(event, Message) and "frozen features" in event.text]
+    assert len(said) == 1 and "first epoch alone" in said[0]
+    assert not (tmp_path / "run" / "features").exists()
+    assert read_config(tmp_path / "run" / "config.yaml").training.patch_bank == 4
+    shared = {**SMALL["resources"], "feature_cache_dir": str(tmp_path / "shared")}
+    run(cells, tmp_path / "one", strategy="frozen", resources=shared)
+    before = misses[-1]
+    run(cells, tmp_path / "two", strategy="frozen", resources=shared)
+    assert before > 0 and misses[-1] == 0
+    assert (tmp_path / "shared").is_dir()
+
+
+def test_a_lora_run_leaves_an_adapter_that_is_its_model(cells, tmp_path):
+    run(cells, tmp_path / "run", strategy="lora", training={"epochs": 1})
+    adapter, merged = load_model(tmp_path / "run" / "adapter"), load_model(tmp_path / "run")
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(adapter.state_dict()[name], value, rtol=1e-6, atol=1e-7)
+    assert adapter.meta["patch_px"] == merged.meta["patch_px"]
+    image = tifffile.imread(cells / "images" / "c0.tif")
+    segmented = [rf.segment(image, model=tmp_path / name, mode="ais") for name in ("run", "run/adapter")]
+    assert np.array_equal(*segmented)
+    again = rf.train(
+        cells / "images",
+        cells / "labels",
+        model=tmp_path / "run" / "adapter",
+        output=tmp_path / "more",
+        strategy={"kind": "late_lora", "blocks": 1},
+        **{**SMALL, "training": {**TRAINING, "epochs": 1}},
+    )
+    assert again.status == "finished"
+    assert load_model(tmp_path / "more" / "adapter").architecture == "vit_t"
 
 
 def test_early_stopping_ends_a_run_that_gets_no_better(cells, tmp_path):

@@ -343,8 +343,13 @@ def _same_run(written: FinetuneConfig, asked: FinetuneConfig, *, whole: bool) ->
     named = {name: getattr(data, name) for name in ("images", "labels") if getattr(data, name) is not None}
     differs = [f"data.{name}" for name, value in named.items() if value != getattr(written.data, name)]
     if whole:
-        objects = asked.training.objects if asked.training.objects is not None else written.training.objects
-        training = asked.training.model_copy(update={"epochs": written.training.epochs, "objects": objects})
+        # What a preset or strategy decided when the run began is no difference.
+        decided = {
+            name: getattr(written.training, name)
+            for name in ("objects", "patch_bank")
+            if getattr(asked.training, name) is None
+        }
+        training = asked.training.model_copy(update={"epochs": written.training.epochs, **decided})
         kept = {name: getattr(written.data, name) for name in ("images", "labels")}
         pairs = {
             "data": (data.model_copy(update=kept), written.data),
@@ -427,9 +432,7 @@ def _opening(data: OpenedData, setup: Setup, report: Any) -> Iterator[str]:
     yield from (str(problem) for problem in data.report.warnings)
     yield from setup.notes
     yield setup.precision.reason
-    learns = ", ".join(part.replace("_", " ") for part, count in report.trainable.items() if count)
-    millions = sum(report.trainable.values()) / 1e6
-    yield f"learning: {learns} ({millions:.1f} M parameters, {report.share:.0%} of the model)"
+    yield f"learning: {report}"
 
 
 def _loaded(model: str | Path | SamModel, modes: Sequence[str], device: str) -> SamModel:

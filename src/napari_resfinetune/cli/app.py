@@ -101,10 +101,11 @@ def train(
     labels: Labels = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="MODEL", help="Start from this name, checkpoint or run folder."),
+        typer.Option("--model", "-m", metavar="MODEL", help="Start from this name, checkpoint, run folder or adapter."),
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option("--strategy", "-s", metavar="NAME", help="What learns: full or frozen.")
+        str | None,
+        typer.Option("--strategy", "-s", metavar="NAME", help="What learns: full, late, lora, late_lora or frozen."),
     ] = None,
     preset: Annotated[
         str | None, typer.Option("--preset", "-p", metavar="NAME", help="Hardware preset, or auto.")

@@ -153,7 +153,7 @@ class TrainingConfig(_Frozen):
     )
     batch_size: PositiveInt = Field(
         1,
-        description="patches whose gradients are summed for one optimizer step; they go through one by one, so more "
+        description="patches whose gradients are averaged for one optimizer step; they go through one by one, so more "
         "cost time, not memory (see resources.micro_batch)",
     )
     objects: PositiveInt | None = Field(
@@ -221,8 +221,8 @@ class ResourcesConfig(_Frozen):
     checkpoint_instance_decoder: bool = Field(False, description="the same for the stages of the instance decoder")
     freed_memory: Literal["keep", "return"] = Field(
         "keep",
-        description="on Linux, what becomes of freed RAM while training: 'keep' is up to a tenth faster, 'return' takes "
-        "about 1 GB less for vit_b; same result",
+        description="on Linux, what becomes of freed RAM while training: 'keep' is up to a tenth faster, 'return' "
+        "takes about 1 GB less for vit_b; same result",
     )
     feature_cache: Literal["auto", "off"] = Field(
         "auto",

@@ -6,10 +6,12 @@ that was interrupted sees exactly the patches that it would have seen.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import imagecodecs
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -25,6 +27,8 @@ from napari_resfinetune.errors import DataError
 
 BLOCK_PX = 2048
 TRIES = 30
+# Compressed, those of a patch of 512 px take a few 100 kB.
+TARGETS_TO_KEEP = 500
 # What SAM pads with: its mean colour, which is zero once normalised.
 PADDING_RGB = (123.675, 116.28, 103.53)
 VALIDATION_PATCHES_PER_REGION, VALIDATION_PATCHES = 8, 64
@@ -62,6 +66,9 @@ class Window:
 
 
 class _Patches(Dataset[Patch]):
+    # Whether the same patches come again, so that their targets are worth keeping.
+    comes_again = False
+
     def __init__(
         self, pairs: Sequence[Pair], data: DataConfig, scalings: dict[int, Scaling], with_targets: bool
     ) -> None:
@@ -69,6 +76,7 @@ class _Patches(Dataset[Patch]):
         self.data = data
         self.scalings = scalings
         self.with_targets = with_targets
+        self._kept_targets: dict[bytes, bytes | bytearray] = {}
 
     def _read(self, window: Window) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         pair = self.pairs[window.region.pair]
@@ -83,7 +91,7 @@ class _Patches(Dataset[Patch]):
         padded = np.empty((size, size, 3), np.float32)
         padded[:] = PADDING_RGB
         padded[:height, :width] = image
-        targets = instance_targets(labels, self.data.min_object_px)
+        targets = self._targets(labels)
         if targets is None:
             return None
         full = np.zeros((4, size, size), np.float32)
@@ -94,6 +102,20 @@ class _Patches(Dataset[Patch]):
             torch.from_numpy(full[1:]) if self.with_targets else torch.zeros(0),
             index,
         )
+
+    def _targets(self, labels: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        """Return `instance_targets`, which are kept, compressed without loss, where patches come again."""
+        if not self.comes_again:
+            return instance_targets(labels, self.data.min_object_px)
+        key = hashlib.blake2b(f"{labels.shape}".encode() + labels.tobytes(), digest_size=16).digest()
+        kept = self._kept_targets.get(key)
+        if kept is not None:
+            found: NDArray[np.float32] = np.frombuffer(imagecodecs.blosc_decode(kept), np.float32)
+            return found.reshape(-1, *labels.shape)
+        targets = instance_targets(labels, self.data.min_object_px)
+        if targets is not None and len(self._kept_targets) < TARGETS_TO_KEEP:
+            self._kept_targets[key] = imagecodecs.blosc_encode(targets.tobytes(), typesize=targets.itemsize, shuffle=1)
+        return targets
 
 
 class TrainingPatches(_Patches):
@@ -137,6 +159,7 @@ class TrainingPatches(_Patches):
         self.samples_per_epoch = samples_per_epoch
         self.seed = seed
         self.bank = bank
+        self.comes_again = bank is not None
         self._positions: dict[Region, NDArray[np.int64]] = {}
         self.by_image: list[list[Region]] = [
             [region for region in regions if region.pair == pair]
@@ -186,6 +209,8 @@ class TrainingPatches(_Patches):
 
 class ValidationPatches(_Patches):
     """Fixed patches that tile the held-out regions and hold at least one object."""
+
+    comes_again = True
 
     def __init__(
         self,
@@ -276,7 +301,7 @@ def instance_targets(labels: NDArray[np.int64], min_object_px: int) -> NDArray[n
         instances=True,
         min_size=min_object_px,
     )
-    targets: NDArray[np.float32] = transform(labels)
+    targets: NDArray[np.float32] = transform(labels).astype(np.float32)
     return targets if targets[0].any() else None
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         parts,
         predictor,
     )
+    from napari_resfinetune.models.encoder import encoder_units, run_units
     from napari_resfinetune.models.names import (
         ARCHITECTURES,
         KNOWN_MODELS,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "adapters": ("add_adapter", "save_adapter"),
     "build": ("DecoderChoice", "SamModel", "assemble_sam", "load_model", "new_model", "parts", "predictor"),
+    "encoder": ("encoder_units", "run_units"),
     "names": (
         "ARCHITECTURES",
         "KNOWN_MODELS",
@@ -101,6 +103,7 @@ __all__ = [
     "assemble_sam",
     "count_parameters",
     "decoder_path_in_cache",
+    "encoder_units",
     "freeze_batch_norm",
     "is_downloaded",
     "known_model",
@@ -118,6 +121,7 @@ __all__ = [
     "predictor",
     "resized_shape",
     "resolve_model",
+    "run_units",
     "save_adapter",
     "save_model",
     "save_safetensors",

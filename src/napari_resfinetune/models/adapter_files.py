@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from napari_resfinetune.config import LateLoraStrategy, LoraStrategy, Strategy
+from napari_resfinetune.config import LoraStrategy, Strategy
 from napari_resfinetune.errors import ModelError
 
 CONFIG, WEIGHTS, DECODERS, ORIGIN = (
@@ -43,7 +43,7 @@ class AdapterOrigin:
     base_model: str
     architecture: str
     encoder_sha256: str
-    strategy: LoraStrategy | LateLoraStrategy
+    strategy: LoraStrategy
     meta: Mapping[str, Any]
 
 

@@ -7,9 +7,8 @@ encoder, and ``resfinetune.json`` with the name and hash of the base.
 
 from __future__ import annotations
 
+import copy
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from napari_resfinetune.models.adapter_files import DECODERS, FORMAT, ORIGIN, WE
 from napari_resfinetune.models.build import SamModel, new_instance_decoder, parts
 from napari_resfinetune.models.lora import load_lora_state, lora_state
 from napari_resfinetune.models.strategies import apply_strategy, encoder_hash
-from napari_resfinetune.models.weights import check_state, load_safetensors, replace_folder, save_safetensors
+from napari_resfinetune.models.weights import check_state, load_safetensors, save_safetensors, whole_folder
 
 # What peft puts before the names of the model that it wraps.
 _PREFIX = "base_model.model."
@@ -45,11 +44,10 @@ def save_adapter(folder: Path, model: SamModel, base_model: str, meta: Mapping[s
         "strategy": model.lora.strategy.model_dump(),
         "meta": dict(meta or {}),
     }
+    config = copy.copy(config)
+    config.base_model_name_or_path = base_model
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            config.base_model_name_or_path = base_model
+        with whole_folder(folder) as new:
             config.save_pretrained(str(new))
             save_safetensors(new / WEIGHTS, {_PREFIX + name: tensor for name, tensor in state.items()})
             save_safetensors(
@@ -57,9 +55,6 @@ def save_adapter(folder: Path, model: SamModel, base_model: str, meta: Mapping[s
                 {f"{name}.{key}": value for name, part in others.items() for key, value in part.state_dict().items()},
             )
             (new / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
-            replace_folder(folder, new)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
         raise ModelError(f"{folder}: cannot be written ({error}); free space or choose another folder") from None
 

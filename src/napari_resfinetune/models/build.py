@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from napari_resfinetune.config import LateLoraStrategy, LoraStrategy
+from napari_resfinetune.config import LoraStrategy
 from napari_resfinetune.errors import ModelError
 from napari_resfinetune.models import upstream
 from napari_resfinetune.models.lora import merge_lora
@@ -48,7 +48,7 @@ class BatchStatistics(nn.BatchNorm2d):
 class Lora:
     """Adapters in an image encoder: how they were made, and the hash of the encoder that they were put into."""
 
-    strategy: LoraStrategy | LateLoraStrategy
+    strategy: LoraStrategy
     encoder_sha256: str
 
 

@@ -75,8 +75,8 @@ def encoder_units(
         block = compiled(run_block) if through_compile else run_block
         return _vit_units(image_encoder, call, functools.partial(block, folded=folded, stretched=stretched), stretched)
     if all(hasattr(image_encoder, name) for name in ("patch_embed", "stages", "neck")):
-        channels_last = compiled(_call_channels_last) if through_compile else _call_channels_last
-        return _tiny_vit_units(image_encoder, call, channels_last)
+        call_byxc = compiled(_call_byxc) if through_compile else _call_byxc
+        return _tiny_vit_units(image_encoder, call, call_byxc)
     return [Unit(functools.partial(call, image_encoder), (image_encoder,))]
 
 
@@ -147,13 +147,17 @@ def _vit_units(
     return [Unit(patches, stem), *blocks, Unit(neck, (encoder.neck,))]
 
 
-def _tiny_vit_units(encoder: Any, call: Callable[..., Tensor], channels_last: Callable[..., Tensor]) -> list[Unit]:
+def _tiny_vit_units(encoder: Any, call: Callable[..., Tensor], call_byxc: Callable[..., Tensor]) -> list[Unit]:
     convolutional, *stages = encoder.stages
-    units = [Unit(functools.partial(call, encoder.patch_embed), (encoder.patch_embed,))]
+
+    def patches(x: Tensor) -> Tensor:
+        return call(encoder.patch_embed, x.contiguous(memory_format=torch.channels_last))
+
+    units = [Unit(patches, (encoder.patch_embed,))]
     units += [Unit(functools.partial(call, block), (block,), is_block=True) for block in convolutional.blocks]
     for stage in stages:
         units.append(Unit(functools.partial(call, stage.downsample), (stage.downsample,)))
-        units += [Unit(functools.partial(channels_last, block), (block,), is_block=True) for block in stage.blocks]
+        units += [Unit(functools.partial(call_byxc, block), (block,), is_block=True) for block in stage.blocks]
     units.append(Unit(functools.partial(call, encoder.neck), (encoder.neck,)))
     return units
 
@@ -162,6 +166,6 @@ def _call(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return module(x)
 
 
-def _call_channels_last(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _call_byxc(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Call a module that takes and gives "BYXC" with "BCYX"."""
     return module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -7,13 +7,13 @@ each of the three can have one of its own, and put together again when they are 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from napari_resfinetune.config.schema import LateLoraStrategy, LoraStrategy
+from napari_resfinetune.config.schema import LoraStrategy
 from napari_resfinetune.errors import ModelError, ResourceError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class SplitProjection(nn.Module):
         return _linear(weight.flatten(0, 2), bias.flatten())
 
 
-def add_lora(image_encoder: nn.Module, blocks: Sequence[Any], strategy: LoraStrategy | LateLoraStrategy) -> None:
+def add_lora(image_encoder: nn.Module, blocks: Sequence[Any], strategy: LoraStrategy) -> None:
     """Put fresh adapters, which change nothing yet, into blocks of an image encoder; nothing else in it learns.
 
     Parameters
@@ -74,12 +74,8 @@ def add_lora(image_encoder: nn.Module, blocks: Sequence[Any], strategy: LoraStra
     ------
     ResourceError
         When 4-bit weights are asked for where they cannot be had.
-    ModelError
-        When none of the blocks has attention.
     """
     with_attention = [block for block in blocks if hasattr(block, "attn")]
-    if not with_attention:
-        raise ModelError("none of these blocks has attention, which LoRA adapts; choose more strategy.blocks")
     if set(PARTS) & set(strategy.targets):
         for block in with_attention:
             # SAM's attention has all queries first; TinyViT's has those of the first head, its keys, its values, ...
@@ -116,16 +112,22 @@ def without_lora(module: nn.Module) -> nn.Module:
     return plain
 
 
+def state_to_keep(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a module without its 4-bit weights, which come from the base and are made anew."""
+    state = dict(module.state_dict())
+    packed = tuple(name.removesuffix(".absmax") for name in state if name.endswith(".weight.absmax"))
+    return {name: tensor for name, tensor in state.items() if not name.startswith(packed)} if packed else state
+
+
 def lora_state(image_encoder: nn.Module) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Return the adapters' configuration and weights, named as peft names them."""
-    from peft import get_peft_model_state_dict
-
+    """Return the adapters' configuration and their weights, which are those of the module, under peft's names."""
     config: LoraConfig = image_encoder.peft_config["default"]  # type: ignore[index,assignment]
-    state: dict[str, Tensor] = get_peft_model_state_dict(image_encoder)
-    return config, state
+    # Not by peft's own function: it goes by the names in the state dict, which for vit_t are those of MobileSAM.
+    names = (name for name, _ in image_encoder.named_parameters() if ".lora_A." in name or ".lora_B." in name)
+    return config, {name.replace(".default.", "."): image_encoder.get_parameter(name).data for name in names}
 
 
-def load_lora_state(image_encoder: nn.Module, state: dict[str, Tensor], where: str) -> None:
+def load_lora_state(image_encoder: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Fill adapters that `add_lora` put in.
 
     Raises
@@ -137,9 +139,8 @@ def load_lora_state(image_encoder: nn.Module, state: dict[str, Tensor], where: s
     wrong = set(own) ^ set(state) or {name for name in own if own[name].shape != state[name].shape}
     if wrong:
         raise ModelError(f"{where}: {len(wrong)} weights do not fit the adapters, as {min(wrong)}; export it again")
-    from peft import set_peft_model_state_dict
-
-    set_peft_model_state_dict(image_encoder, state)
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
 
 
 def _targets(block: Any, targets: Sequence[str]) -> list[nn.Module]:
@@ -151,7 +152,7 @@ def _targets(block: Any, targets: Sequence[str]) -> list[nn.Module]:
     return layers
 
 
-def _peft_config(names: list[str], strategy: LoraStrategy | LateLoraStrategy) -> LoraConfig:
+def _peft_config(names: list[str], strategy: LoraStrategy) -> LoraConfig:
     from peft import LoraConfig
 
     return LoraConfig(
@@ -179,7 +180,13 @@ def _quantize(module: nn.Module, names: Sequence[str]) -> None:
         raise ResourceError("strategy.quantize: needs the package bitsandbytes; pip install bitsandbytes") from None
     for name in names:
         plain = module.get_submodule(name)
-        small = bnb.nn.Linear4bit(plain.in_features, plain.out_features, bias=plain.bias is not None, quant_type="nf4")
+        small = bnb.nn.Linear4bit(
+            plain.in_features,
+            plain.out_features,
+            bias=plain.bias is not None,
+            compute_dtype=torch.bfloat16,
+            quant_type="nf4",
+        )
         small.load_state_dict(plain.state_dict())
         _replace(module, name, small.to(device))
 

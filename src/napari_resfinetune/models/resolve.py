@@ -51,15 +51,17 @@ class ModelLocation:
     base: ModelLocation | None = None
 
 
-def resolve_model(model: str | Path) -> ModelLocation:
+def resolve_model(model: str | Path, *, above: tuple[Path, ...] = ()) -> ModelLocation:
     """Find a model, and download it through micro-sam's registry if it is a known name that is not here yet.
 
     Parameters
     ----------
     model
         One of micro-sam's names; ``"random:vit_t"`` (or another architecture) for freshly initialised weights; the
-        path of a checkpoint; a run folder, whose ``model.pt`` is meant; or the folder of an adapter, whose base is
-        found by the name that the adapter gives.
+        path of a checkpoint; a run folder, whose ``model.pt`` is meant; one of its checkpoints; or the folder of an
+        adapter, whose base is found by the name that the adapter gives.
+    above
+        Adapters whose base is being looked for.
 
     Raises
     ------
@@ -80,16 +82,23 @@ def resolve_model(model: str | Path) -> ModelLocation:
             raise ModelError(_unknown(model))
     path = Path(model).expanduser()
     if path.is_dir() and is_adapter(path):
-        return _with_base(path)
+        return _with_base(path, above)
+    if (path / "state.json").is_file():  # checkpoints/best and the like
+        weights, decoder = path / "model.safetensors", path / "instance_decoder.safetensors"
+        return ModelLocation(
+            weights, decoder if decoder.is_file() else None, path.resolve().name, load_state(weights).architecture
+        )
     name = path.resolve().name if path.is_dir() else path.stem
     file = _in_run_folder(path) if path.is_dir() else path
     return ModelLocation(file, None, name, load_state(file).architecture)
 
 
-def _with_base(folder: Path) -> ModelLocation:
+def _with_base(folder: Path, above: tuple[Path, ...]) -> ModelLocation:
     origin = read_origin(folder)
+    if folder.resolve() in above:
+        raise ModelError(f"{folder}: is its own base; write the model that it was trained on into {folder / ORIGIN}")
     try:
-        base = resolve_model(origin.base_model)
+        base = resolve_model(origin.base_model, above=(*above, folder.resolve()))
     except ModelError as error:
         raise ModelError(
             f"{folder}: an adapter for {origin.base_model}, which is not here ({error}); put it there, or write where "

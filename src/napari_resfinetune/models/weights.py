@@ -16,7 +16,7 @@ import shutil
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,6 +213,19 @@ def load_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
         raise ModelError(
             f"{path}: not a whole safetensors file ({_first_line(error)}); copy or write it again"
         ) from None
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Hand out an empty folder to write to, and put it in the place of `folder` when all went well."""
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        replace_folder(folder, new)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def replace_folder(folder: Path, new: Path) -> None:

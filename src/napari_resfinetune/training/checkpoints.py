@@ -17,7 +17,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from napari_resfinetune.errors import ModelError, ResourceError
 from napari_resfinetune.models import SamModel
-from napari_resfinetune.models.weights import load_safetensors, old_folder, replace_folder, save_safetensors
+from napari_resfinetune.models.lora import state_to_keep
+from napari_resfinetune.models.weights import (
+    check_state,
+    load_safetensors,
+    old_folder,
+    save_safetensors,
+    whole_folder,
+)
 
 FORMAT = 1
 
@@ -68,30 +75,25 @@ def save_checkpoint(
     ResourceError
         When it cannot be written; the checkpoint before it stays.
     """
-    new = folder.with_name(f".{folder.name}.new")
+    state: dict[str, Any] = {"format": FORMAT, "architecture": model.architecture, **dataclasses.asdict(progress)}
+    if model.lora is not None:
+        state["base_sha256"] = model.lora.encoder_sha256
+    if not math.isfinite(progress.best_metric):
+        state["best_metric"] = None
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        save_safetensors(new / "model.safetensors", model.sam.state_dict())
-        if model.instance_decoder is not None:
-            save_safetensors(new / "instance_decoder.safetensors", model.instance_decoder.state_dict())
-        state: dict[str, Any] = {"format": FORMAT, "architecture": model.architecture, **dataclasses.asdict(progress)}
-        if not math.isfinite(progress.best_metric):
-            state["best_metric"] = None
-        if optimizer is not None and scheduler is not None:
-            torch.save(
-                {
+        with whole_folder(folder) as new:
+            save_safetensors(new / "model.safetensors", state_to_keep(model.sam))
+            if model.instance_decoder is not None:
+                save_safetensors(new / "instance_decoder.safetensors", model.instance_decoder.state_dict())
+            if optimizer is not None and scheduler is not None:
+                training = {
                     "scheduler": scheduler.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict() if scaler is not None else None,
-                    "torch_rng": torch.get_rng_state(),
-                },
-                new / "optimizer.pt",
-            )
-        (new / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
-        replace_folder(folder, new)
+                }
+                torch.save(training, new / "optimizer.pt")
+            (new / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
     except (OSError, RuntimeError, ModelError) as error:  # torch and safetensors report a full disk in their own way
-        shutil.rmtree(new, ignore_errors=True)
         raise ResourceError(
             f"{folder}: the checkpoint could not be written ({error}); free disk space, then resume"
         ) from error
@@ -105,13 +107,11 @@ def keep_checkpoint(folder: Path, name: str) -> Path:
     ResourceError
         When it cannot be written.
     """
-    kept, new = folder.with_name(name), folder.with_name(f".{name}.new")
+    kept = folder.with_name(name)
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.copytree(folder, new)
-        replace_folder(kept, new)
+        with whole_folder(kept) as new:
+            shutil.copytree(folder, new, dirs_exist_ok=True)
     except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
         raise ResourceError(f"{kept}: the checkpoint could not be written ({error}); free disk space") from error
     return kept
 
@@ -135,6 +135,11 @@ def load_weights(folder: Path, model: SamModel) -> None:
     state = read_state(folder)
     if state["architecture"] != model.architecture:
         raise ModelError(f"{folder}: holds {state['architecture']}, but the run is set to {model.architecture}")
+    if model.lora is not None and state.get("base_sha256") != model.lora.encoder_sha256:
+        raise ModelError(
+            f"{folder}: its adapters were trained on other weights than {model.name} has now; put the start model back "
+            "as it was, or start a new run"
+        )
     parts: list[tuple[str, torch.nn.Module | None]] = [
         ("model.safetensors", model.sam),
         ("instance_decoder.safetensors", model.instance_decoder),
@@ -142,10 +147,9 @@ def load_weights(folder: Path, model: SamModel) -> None:
     for name, module in parts:
         if module is None:
             continue
-        try:
-            module.load_state_dict(load_safetensors(folder / name))
-        except RuntimeError as error:
-            raise ModelError(f"{folder / name}: does not fit this model ({str(error).splitlines()[0]})") from None
+        state = load_safetensors(folder / name)
+        check_state(state, state_to_keep(module), folder / name)
+        module.load_state_dict(state, strict=False)
 
 
 def load_training(
@@ -166,7 +170,6 @@ def load_training(
         scheduler.load_state_dict(saved["scheduler"])
         if scaler is not None and saved["scaler"] is not None:
             scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["torch_rng"])
     except FileNotFoundError:
         raise ModelError(f"{path}: missing, so the run cannot go on; start a new run from this model") from None
     except Exception as error:

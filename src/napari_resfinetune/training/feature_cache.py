@@ -7,10 +7,12 @@ is written beside its name and then renamed, and ends with a checksum; what is m
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 import uuid
@@ -32,8 +34,11 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 # Left free for checkpoints and for everybody else on the machine.
 RESERVE_GB = 2.0
-ABANDONED_SECONDS = 3600.0
+UNUSED_SECONDS = 3600.0
+SUBFOLDER = "resfinetune-features"
+_PART_NAME = re.compile("[0-9a-f]{32}")
 _LARGEST = float(np.finfo(np.float16).max)
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 class FeatureCache:
@@ -42,24 +47,33 @@ class FeatureCache:
     Parameters
     ----------
     folder
-        Where; made when it is first needed. Several runs may share it.
+        Where; made when it is first needed. Several runs may share it, and other files in it are left alone.
     part
         Name of the frozen part and preprocessing, from `name_of_part`.
     max_gb
-        Most room in `folder`, all parts together. Parts that were not used for longest make room first.
+        Most room that all parts take together. Parts that nobody has used for an hour make room, the oldest first.
     say
         Told once when nothing more can be kept.
     """
 
     def __init__(self, folder: Path, part: str, max_gb: float, say: Callable[[str], None]) -> None:
-        self.folder = folder
-        self.part = folder / part
+        self.folder = folder / SUBFOLDER
+        self.part = self.folder / part
         self.max_gb = max_gb
         self.hits = self.misses = 0
         self._say = say
         self._writes = True
-        self._remove_abandoned()
-        self._used_gb = _size_gb(folder)
+        self._touched = 0.0
+        _remove_abandoned(self.part)
+        self._used_gb = _size_gb(self.folder)
+
+    @property
+    def room_gb(self) -> float:
+        """What may still be written: inside the bound and on the disk."""
+        free_gb = self.max_gb - self._used_gb
+        with contextlib.suppress(OSError):
+            free_gb = min(free_gb, shutil.disk_usage(_existing(self.folder)).free / GB - RESERVE_GB)
+        return free_gb
 
     def get(self, pixels: Tensor, compute: Callable[[], Tensor]) -> Tensor:
         """Return the tokens of a patch, as they come out of 16 bit whether they were here or not.
@@ -75,72 +89,76 @@ class FeatureCache:
         kept = _read(entry)
         if kept is not None:
             self.hits += 1
+            self._touch()
             return kept
         self.misses += 1
         tokens = compute().detach()
         if not bool((tokens.abs() <= _LARGEST).all()):  # also false for what is not a number
             return tokens
         rounded = tokens.to(torch.float16)
-        self._keep(entry, rounded, tokens.dtype)
-        return rounded.to(tokens.dtype)
+        if self._writes and self._has_room(rounded.nbytes / GB):
+            self._keep(entry, rounded, tokens.dtype)
+        return rounded.to(tokens.dtype).contiguous()  # as it comes from disk, so that not even rounding differs
 
     def _keep(self, entry: Path, tokens: Tensor, dtype: torch.dtype) -> None:
-        size_gb = tokens.nbytes / GB
-        if not self._writes or not self._has_room(size_gb):
-            return
         new = self.part / f".{uuid.uuid4().hex}"
         try:
             self.part.mkdir(parents=True, exist_ok=True)
-            os.utime(self.part)
             shape = tuple(tokens.shape)
             array = zarr.create_array(
                 str(new),
                 shape=shape,
                 chunks=shape,
                 dtype="float16",
+                zarr_format=3,
                 compressors=[BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"), Crc32cCodec()],
                 fill_value=float("nan"),
                 attributes={"dtype": str(dtype).removeprefix("torch.")},
             )
             array[...] = tokens.cpu().numpy()
-            shutil.rmtree(entry, ignore_errors=True)  # damaged, or it would have been read
-            os.replace(new, entry)
-            self._used_gb += size_gb
-        except OSError as error:
+            if _read(entry) is None:  # else another run was quicker
+                shutil.rmtree(entry, ignore_errors=True)
+                os.replace(new, entry)
+                self._used_gb += _size_gb(entry)
+        except Exception as error:  # zarr and its codecs have errors of many kinds
+            # A folder that is gone was removed by somebody: the next entry makes it anew.
+            if not isinstance(error, FileNotFoundError) and not os.path.isdir(entry):
+                self._stop(f"{self.folder}: cannot be written ({getattr(error, 'strerror', None) or error})")
+        finally:
             shutil.rmtree(new, ignore_errors=True)
-            if not entry.exists():  # else another run was quicker
-                self._stop(f"{self.folder}: cannot be written ({error.strerror or error})")
 
     def _has_room(self, size_gb: float) -> bool:
-        if self._used_gb + size_gb > self.max_gb and not self._drop_oldest_other_part():
-            self._stop(f"{self.folder}: holds {self._used_gb:.1f} of {self.max_gb:g} GB (resources.feature_cache_gb)")
-            return False
-        try:
-            free_gb = shutil.disk_usage(_existing(self.folder)).free / GB
-        except OSError:
-            return True
-        if free_gb - size_gb < RESERVE_GB:
-            self._stop(f"{self.folder}: {free_gb:.1f} GB are free on its disk, and {RESERVE_GB:g} GB stay so")
-            return False
+        if self.room_gb < size_gb:
+            self._used_gb = _size_gb(self.folder)  # other runs write and remove too
+        while self.room_gb < size_gb:
+            if not self._drop_oldest_unused_part():
+                self._stop(
+                    f"{self.folder}: full; it may take {self.max_gb:g} GB (resources.feature_cache_gb) and leaves "
+                    f"{RESERVE_GB:g} GB of its disk free"
+                )
+                return False
         return True
 
     def _stop(self, why: str) -> None:
         self._writes = False
         self._say(f"{why}; features that are not kept yet are computed in every epoch")
 
-    def _drop_oldest_other_part(self) -> bool:
-        others = [path for path in _folders(self.folder) if path != self.part]
-        if not others:
-            return False
-        shutil.rmtree(min(others, key=_last_used), ignore_errors=True)
-        self._used_gb = _size_gb(self.folder)
-        return True
+    def _touch(self) -> None:
+        """Leave a trace that this part is in use, now and then."""
+        if time.monotonic() - self._touched > 60:
+            self._touched = time.monotonic()
+            with contextlib.suppress(OSError):
+                os.utime(self.part)
 
-    def _remove_abandoned(self) -> None:
-        """Remove what a crash left half-written."""
-        for path in _folders(self.part):
-            if path.name.startswith(".") and time.time() - _last_used(path) > ABANDONED_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+    def _drop_oldest_unused_part(self) -> bool:
+        others = [path for path in _folders(self.folder) if path != self.part and _PART_NAME.fullmatch(path.name)]
+        unused = [path for path in others if time.time() - _last_used(path) > UNUSED_SECONDS]
+        if not unused:
+            return False
+        oldest = min(unused, key=_last_used)
+        shutil.rmtree(oldest, ignore_errors=True)
+        self._used_gb = _size_gb(self.folder)
+        return not oldest.exists()
 
 
 def name_of_part(units: Sequence[Unit], **preprocessing: object) -> str:
@@ -172,24 +190,30 @@ def _hash_of(pixels: Tensor) -> str:
 
 
 def _read(entry: Path) -> Tensor | None:
-    if not entry.is_dir():
+    if not os.path.isdir(entry):
         return None
     try:
-        array = zarr.open_array(str(entry), mode="r")
+        array = zarr.open_array(str(entry), mode="r", zarr_format=3)
         tokens = np.asarray(array[...])
-        dtype = getattr(torch, str(array.attrs["dtype"]))
+        # Zarr fills in for a chunk that is gone; what is kept has no such values.
+        if tokens.dtype != np.float16 or tokens.size == 0 or np.isnan(tokens.flat[0]):
+            return None
+        return torch.from_numpy(tokens).to(_DTYPES[str(array.attrs["dtype"])])
     except Exception:  # whatever a damaged file makes zarr, its codecs or json say
         logger.debug("%s cannot be read", entry, exc_info=True)
         return None
-    # Zarr fills in for a chunk that is gone; what is kept has no such values.
-    if tokens.dtype != np.float16 or tokens.size == 0 or np.isnan(tokens.flat[0]):
-        return None
-    return torch.from_numpy(tokens).to(dtype)
+
+
+def _remove_abandoned(part: Path) -> None:
+    """Remove what a crash left half-written."""
+    for path in _folders(part):
+        if path.name.startswith(".") and time.time() - _last_used(path) > UNUSED_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        return [path for path in folder.iterdir() if path.is_dir()]
+        return [path for path in folder.iterdir() if os.path.isdir(path)]
     except OSError:
         return []
 
@@ -213,4 +237,4 @@ def _size_gb(folder: Path) -> float:
 
 
 def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))

@@ -32,7 +32,7 @@ from napari_resfinetune.events import (
     StopToken,
 )
 from napari_resfinetune.models import SamModel, save_adapter, save_model
-from napari_resfinetune.planning.memory import GB, peak_memory_gb, process_memory_gb
+from napari_resfinetune.planning.memory import GB, MemoryGauge
 from napari_resfinetune.training.checkpoints import (
     Progress,
     find_checkpoint,
@@ -56,8 +56,8 @@ from napari_resfinetune.training.step import (
 # Weight of the instance decoder's loss in the validation metric, as in micro-sam.
 INSTANCE_METRIC_WEIGHT = 1 / 3
 SAM_INPUT_PX = 1024
-# First words of the random streams, so that patches, prompts and validation never share numbers.
-PROMPT_STREAM, VALIDATION_STREAM = 3, 4
+# First words of the random streams, so that patches (1, 2, 5), prompts, validation and dropout never share numbers.
+PROMPT_STREAM, VALIDATION_STREAM, DROPOUT_STREAM = 3, 4, 6
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class TrainingJob:
         Processes that load patches; 0 loads in this one.
     keep_features
         Whether what the frozen part of the image encoder computes is kept on disk.
+    base_is_lasting
+        Whether an adapter can be put onto the start model again; fresh random weights are gone after the run.
     """
 
     config: FinetuneConfig
@@ -96,6 +98,7 @@ class TrainingJob:
     use_scaler: bool = False
     workers: int = 0
     keep_features: bool = False
+    base_is_lasting: bool = True
 
 
 class Trainer:
@@ -112,6 +115,7 @@ class Trainer:
     def __init__(self, job: TrainingJob, *, resume: bool = False) -> None:
         self.job = job
         self.device = next(job.model.parameters()).device
+        self.gauge = MemoryGauge(str(self.device))
         self.plan: TrainingConfig = job.config.training
         self.steps_per_epoch = math.ceil(self.plan.samples_per_epoch / self.plan.batch_size)
         self.with_masks = self.plan.targets in ("both", "masks")
@@ -166,7 +170,7 @@ class Trainer:
             status=status or "finished",
             best_epoch=progress.best_epoch,
             best_metric=progress.best_metric if progress.best_epoch >= 0 else None,
-            peak_memory_gb=peak_memory_gb(),
+            peak_memory_gb=self.gauge.read().peak_gb,
             seconds=progress.seconds,
         )
 
@@ -206,7 +210,7 @@ class Trainer:
             **({"channels": list(data.channels)} if data.channels is not None else {}),
         }
         save_model(self.job.run.model, self.job.model, meta)
-        if self.job.model.lora is not None:
+        if self.job.model.lora is not None and self.job.base_is_lasting:
             save_adapter(self.job.run.adapter, self.job.model, self.job.config.model, meta)
         return self.job.run.model
 
@@ -224,12 +228,18 @@ class Trainer:
 
     def _announce(self, features: FeatureCache) -> str:
         """Say what the cache will take, after encoding one patch that is needed anyway."""
+        room_gb = features.room_gb
         tokens = frozen_tokens(self.job.model, self.job.validation[0], self.job.settings, features)
-        patches = (self.job.training.bank or 0) + len(self.job.validation)
-        gb = tokens.numel() * 2 / GB
+        bank, gb = self.job.training.bank or 0, tokens.numel() * 2 / GB
+        patches = bank + len(self.job.validation)
+        epochs = math.ceil(bank / self.plan.samples_per_epoch)
+        then = f"it is computed in the first {'epoch' if epochs == 1 else f'{epochs} epochs'} alone"
+        if patches * gb > room_gb:
+            then = f"about {max(0, int(room_gb / gb))} of them fit there, the others are computed in every epoch"
         return (
-            f"features of the frozen part are kept in {features.folder}: {patches} patches of {gb * 1000:.1f} MB, "
-            f"{patches * gb:.2f} GB in all; after the first epoch it is not computed again"
+            f"frozen features: {bank} patches are drawn and used again and again (training.patch_bank); what the "
+            f"frozen part makes of them and of {len(self.job.validation)} held-out ones takes up to "
+            f"{patches * gb:.2f} GB in {features.folder}; {then}"
         )
 
     def _started(self) -> Started:
@@ -272,6 +282,8 @@ class Trainer:
         progress = self.progress
         self.job.model.train()
         step = progress.epoch * self.steps_per_epoch + progress.step
+        # Dropout of adapters draws from torch's generators, on whatever device: the same numbers in the same step.
+        torch.manual_seed(int(np.random.SeedSequence([self.plan.seed, DROPOUT_STREAM, step]).generate_state(1)[0]))
         plans = [self._training_prompts(patch, step) for patch in batch]
         if self.plan.update == "alternating" and self.with_masks and self.with_instances:
             masks = self._update(batch, plans, train_instances=False)
@@ -288,7 +300,7 @@ class Trainer:
             iou_loss=_mean_part(losses, "iou"),
             instance_loss=_mean_part(losses, "instance"),
             seconds=time.monotonic() - started,
-            memory_gb=process_memory_gb(),
+            memory_gb=self.gauge.read().now_gb,
         )
         progress.step += 1
         progress.loss_sum += loss
@@ -343,7 +355,7 @@ class Trainer:
             best_epoch=progress.best_epoch,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             seconds=progress.seconds,
-            peak_memory_gb=peak_memory_gb(),
+            peak_memory_gb=self.gauge.read().peak_gb,
         )
         progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
         yield ended

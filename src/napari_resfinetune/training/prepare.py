@@ -24,8 +24,10 @@ from napari_resfinetune.models import (
     ModelLocation,
     TrainableReport,
     apply_strategy,
+    known_model,
     load_model,
     measure_batch_norm,
+    resolve_model,
     to_model_input,
 )
 from napari_resfinetune.planning import (
@@ -188,7 +190,7 @@ def choose_setup(config: FinetuneConfig, hardware: Hardware) -> Setup:
 
 def settle(config: FinetuneConfig, setup: Setup, model: ModelLocation) -> FinetuneConfig:
     """Fill in what the preset decides and make paths absolute, so that a run can be continued from any folder."""
-    if model.path is not None and Path(config.model).exists():
+    if known_model(config.model) is None and Path(config.model).exists():
         config = config.model_copy(update={"model": str(Path(config.model).absolute())})
     config = config.model_copy(update={"data": config.data.with_absolute_paths()})
     if config.resources.feature_cache_dir is not None:
@@ -224,8 +226,9 @@ def make_job(
         torch.backends.cudnn.allow_tf32 = setup.precision.tf32
     targets = config.training.targets
     torch.manual_seed(config.training.seed)
+    location = resolve_model(config.model)
     model = load_model(
-        config.model, decoder="none" if targets == "masks" else "new", device=setup.device, seed=config.training.seed
+        location, decoder="none" if targets == "masks" else "new", device=setup.device, seed=config.training.seed
     )
     scalings = measure_scalings(data.pairs, data.split.train + data.split.validation, config.data)
     draw = functools.partial(
@@ -257,8 +260,11 @@ def make_job(
         input_px=config.training.input_px,
         positions=config.training.positions,
     )
-    keep_features = config.resources.feature_cache == "auto" and any(
-        unit.is_block for unit in frozen_units(model, settings)
+    # LoRA leaves the first blocks of vit_t alone, but they are cheap, and new patches are worth more.
+    keep_features = (
+        config.resources.feature_cache == "auto"
+        and config.strategy.kind in ("frozen", "late", "late_lora")
+        and any(unit.is_block for unit in frozen_units(model, settings))
     )
     if keep_features and config.training.patch_bank is None:
         bank = {"patch_bank": config.training.samples_per_epoch}
@@ -274,6 +280,7 @@ def make_job(
         use_scaler=setup.precision.scaler,
         workers=setup.workers,
         keep_features=keep_features,
+        base_is_lasting=location.path is not None and config.training.batch_norm == "keep",
     )
     return job, report
 

@@ -132,14 +132,16 @@ def backward_samples(
             instance = loss.item()
             del loss
         if plan is not None:
-            mask = iou = 0.0
-            for mask_loss, iou_loss in mask_part(model, leaf, plan, input_size, settings):
-                backward(mask_loss + iou_loss)
-                mask += mask_loss.item()
-                iou += iou_loss.item()
+            # Added up where they are: reading each would make a card wait for every round.
+            sums = [torch.zeros((), device=leaf.device) for _ in range(2)]
+            for parts in mask_part(model, leaf, plan, input_size, settings):
+                backward(parts[0] + parts[1])
+                sums = [total + part.detach() for total, part in zip(sums, parts, strict=True)]
+            mask, iou = (total.item() for total in sums)
         losses.append(Losses(mask, iou, instance))
-    if learns and all(leaf.grad is not None for leaf in leaves):
-        embedding.backward(torch.cat([leaf.grad for leaf in leaves if leaf.grad is not None]))
+    gathered = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
+    if learns:
+        embedding.backward(torch.cat(gathered))
     return losses
 
 
@@ -170,12 +172,15 @@ def instance_part(
     """Return the loss of foreground and distance maps: dice errors of the three."""
     original_size = (patch.image.shape[-2], patch.image.shape[-1])
     with _autocast(embedding.device, settings):
-        prediction: Tensor = _run(run_instance_decoder, settings)(
+        checkpointed = settings.checkpoint_instance_decoder and torch.is_grad_enabled()
+        # Checkpointed stages leave the statistics of batch norms alone, which torch.compile cannot follow.
+        run = run_instance_decoder if checkpointed else _run(run_instance_decoder, settings)
+        prediction: Tensor = run(
             model.instance_decoder,
             embedding,
             input_size,
             original_size,
-            checkpoint=settings.checkpoint_instance_decoder and torch.is_grad_enabled(),
+            checkpoint=checkpointed,
         )
     return instance_loss(prediction.float(), patch.targets[None].to(prediction.device, non_blocking=True))
 
@@ -206,7 +211,8 @@ def mask_part(
             if round_index == rounds - 1:
                 break
             with torch.no_grad():
-                best = low_res[torch.arange(len(low_res)), iou_prediction.argmax(1)][:, None]
+                objects = torch.arange(len(low_res), device=low_res.device)
+                best = low_res[objects, iou_prediction.argmax(1)][:, None]
                 predicted = upsample_masks(best, input_size, size, settings.input_px)[:, 0] > 0
                 prompts = prompts.with_points(*next_points(predicted, masks, draws[round_index]))
                 mask_prompt = best if plan.mask_prompts[round_index] else None
@@ -270,7 +276,8 @@ def _encode(
     units = _units(model, settings)
     with _autocast(device, settings):
         if features is None:
-            pixels = torch.stack([patch.image for patch in patches]).to(device, non_blocking=True)
+            # One by one: stacked on the CPU they would leave the pinned memory that a copy in the background needs.
+            pixels = torch.stack([patch.image.to(device, non_blocking=True) for patch in patches])
             tokens, _ = to_model_input(pixels, settings.input_px)
         else:
             tokens = torch.cat([frozen_tokens(model, patch, settings, features) for patch in patches])
