@@ -294,10 +294,12 @@ def evaluate(
     ----------
     images, labels
         As for `train`.
-    model, device
+    model
         As for `segment`.
     modes
         Any of "ais", "amg", "box", "point".
+    device
+        As for `segment`.
     on_progress
         Called with images done, images in all, and the name of the next.
     **options

@@ -213,10 +213,12 @@ def pick(regions: Tensor, draws: Tensor, otherwise: Tensor | None = None) -> Ten
 
     Parameters
     ----------
-    regions, otherwise
+    regions
         bool, "NYX".
     draws
         float, "N", 0 to 1.
+    otherwise
+        bool, "NYX".
 
     Returns
     -------
