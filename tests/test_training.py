@@ -351,9 +351,17 @@ def test_a_run_is_continued_with_its_own_settings_or_not_at_all(cells, tmp_path,
             rf.train(images, labels, model=model, output="run", resume=True, **{**settings, **changed})
 
 
-def test_running_out_of_memory_is_said_and_ends_with_its_own_status(cells, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["card", "CPU"],
+)
+def test_running_out_of_memory_is_said_and_ends_with_its_own_status(cells, tmp_path, monkeypatch, error):
     def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr("napari_resfinetune.training.loop.backward_samples", full)
     events: list[Event] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import signal
@@ -56,6 +57,8 @@ from napari_resfinetune.training.step import (
 # Weight of the instance decoder's loss in the validation metric, as in micro-sam.
 INSTANCE_METRIC_WEIGHT = 1 / 3
 SAM_INPUT_PX = 1024
+# What a CPU and an Apple GPU say; CUDA has an exception of its own.
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "MPS backend out of memory")
 # First words of the random streams, so that patches (1, 2, 5), prompts, validation and dropout never share numbers.
 PROMPT_STREAM, VALIDATION_STREAM, DROPOUT_STREAM = 3, 4, 6
 
@@ -146,15 +149,19 @@ class Trainer:
         progress = self.progress
         self._clock = time.monotonic() - progress.seconds
         yield self._started()
-        if self.features is not None:
-            yield Message(self._announce(self.features))
         status = self._ended()
+        if self.features is not None and status is None:
+            with self._within_memory():
+                plan = self._announce(self.features)
+            yield Message(plan)
         for batch in self._loader() if status is None else ():
             if stop.stopped:
                 status = "stopped"
                 yield self._save("latest")
                 break
-            yield self._step_in_memory(batch)
+            with self._within_memory():
+                event = self._train_step(batch)
+            yield event
             if progress.step == self.steps_per_epoch:
                 yield from self._end_epoch()
             while self._notes:
@@ -267,10 +274,16 @@ class Trainer:
             worker_init_fn=_leave_interrupts_to_parent,
         )
 
-    def _step_in_memory(self, batch: Sequence[Patch]) -> Step:
+    @contextlib.contextmanager
+    def _within_memory(self) -> Iterator[None]:
+        """Say in our own words that memory ran out, as each kind of device does in its own."""
         try:
-            return self._train_step(batch)
-        except torch.OutOfMemoryError as error:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and not any(
+                words in str(error) for words in OUT_OF_MEMORY
+            ):
+                raise
             raise ResourceError(
                 f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}: out of memory on {self.device}; "
                 "set resources.object_chunk=1, choose --strategy frozen or a smaller model, or close what else uses "
@@ -337,7 +350,8 @@ class Trainer:
 
     def _end_epoch(self) -> Iterator[Event]:
         progress = self.progress
-        metric, mask, instance = self._validate()
+        with self._within_memory():
+            metric, mask, instance = self._validate()
         if not math.isfinite(metric):
             raise self._fail("the validation metric")
         progress.seconds = time.monotonic() - self._clock
