@@ -1,7 +1,7 @@
 """The configuration: one object, every problem at once, the same through YAML."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from napari_resfinetune.config import (
@@ -45,8 +45,10 @@ def test_a_config_cannot_be_changed():
     rate=st.floats(1e-8, 1e-1),
     channels=st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple),
     images=st.none() | st.text(min_size=1, max_size=20) | st.lists(st.text(max_size=9), max_size=3).map(tuple),
-    kind=st.sampled_from(["full", "frozen"]),
+    kind=st.sampled_from(["full", "frozen", "late", "lora", "late_lora"]),
 )
+@example(epochs=1, rate=1e-5, channels=None, images="a\x85b", kind="lora")
+@settings(deadline=None)
 def test_yaml_gives_the_same_config_back(tmp_path_factory, epochs, rate, channels, images, kind):
     config = FinetuneConfig(
         data=DataConfig(images=images, channels=channels),

@@ -50,7 +50,11 @@ def read_config(
 
 def write_config(config: FinetuneConfig, path: str | Path) -> None:
     """Write a configuration as YAML that `read_config` gives back equal."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    content = config.model_dump(mode="json")
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    # Some line breaks of Unicode are written as they are, and read as a space; escaped they come back.
+    if yaml.safe_load(text) != content:
+        text = yaml.safe_dump(content, sort_keys=False)
     Path(path).write_text(text, encoding="utf-8")
 
 
