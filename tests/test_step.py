@@ -44,6 +44,20 @@ def doubled(monkeypatch):
     monkeypatch.setattr("segment_anything.modeling.prompt_encoder.torch", Doubled())
 
 
+def small_vit(img_size: int) -> ImageEncoderViT:
+    """Return SAM's encoder with three narrow blocks."""
+    return ImageEncoderViT(
+        img_size=img_size,
+        embed_dim=64,
+        depth=3,
+        num_heads=4,
+        out_chans=256,
+        use_rel_pos=True,
+        window_size=5,
+        global_attn_indexes=(1,),
+    )
+
+
 def small_model(architecture: str, dtype: torch.dtype = torch.float32) -> tuple[SamModel, torch.nn.Module]:
     """Return a small model with random weights, and micro-sam's UNETR around the very same parameters."""
     torch.manual_seed(0)
@@ -51,16 +65,7 @@ def small_model(architecture: str, dtype: torch.dtype = torch.float32) -> tuple[
     if architecture == "vit_t":
         encoder = TinyViTEncoder(img_size=INPUT_PX)
     else:
-        encoder = ImageEncoderViT(
-            img_size=INPUT_PX,
-            embed_dim=64,
-            depth=3,
-            num_heads=4,
-            out_chans=256,
-            use_rel_pos=True,
-            window_size=5,
-            global_attn_indexes=(1,),
-        )
+        encoder = small_vit(INPUT_PX)
     sam = assemble_sam(encoder)
     for name, parameter in sam.named_parameters():
         if "rel_pos" in name or "pos_embed" in name or "attention_biases" in name:
@@ -250,16 +255,7 @@ def test_a_micro_batch_gives_the_gradients_of_its_samples_one_by_one(architectur
 def test_stretched_positions_are_those_of_a_sam_built_for_the_smaller_input():
     model, _ = small_model("vit_b", torch.float64)
     half = INPUT_PX // 2
-    encoder = ImageEncoderViT(
-        img_size=half,
-        embed_dim=64,
-        depth=3,
-        num_heads=4,
-        out_chans=256,
-        use_rel_pos=True,
-        window_size=5,
-        global_attn_indexes=(1,),
-    )
+    encoder = small_vit(half)
     smaller = SamModel(assemble_sam(encoder), model.instance_decoder, "vit_b", "smaller").to(torch.float64).train()
     resized = resize_rel_pos(smaller.state_dict(), model.state_dict())
     smaller.load_state_dict(resized)
