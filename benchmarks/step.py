@@ -149,8 +149,7 @@ def make_strategy(options: argparse.Namespace) -> Any:
 def make_settings(levers: str, device: str) -> tuple[Any, Any]:
     """Return `StepSettings` and targets from comma-separated levers."""
     from napari_resfinetune.planning import choose_precision, probe_hardware
-    from napari_resfinetune.training.prepare import DTYPES
-    from napari_resfinetune.training.step import StepSettings
+    from napari_resfinetune.training.step import DTYPES, StepSettings
 
     chosen = dict(lever.partition("=")[::2] for lever in levers.split(",") if lever)
     unknown = set(chosen) - {lever.partition("=")[0] for lever in LEVERS}

@@ -23,6 +23,7 @@ atexit.register(shutil.rmtree, _SCRATCH, ignore_errors=True)
 os.environ.update(
     NAPARI_CONFIG=str(_SCRATCH / "napari" / "settings.yaml"),
     MICROSAM_CACHEDIR=str(_SCRATCH / "micro_sam"),
+    RESFINETUNE_CACHEDIR=str(_SCRATCH / "resfinetune"),
     HF_HOME=str(_SCRATCH / "huggingface"),
     HF_HUB_OFFLINE="1",
     TORCH_HOME=str(_SCRATCH / "torch"),
@@ -95,6 +96,14 @@ def dev_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the real images in {SHARED_DATA}, the folder shared beside the repository")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def cells(tmp_path_factory) -> Path:
+    """Folders with three small images of bright squares and their labels, and a start model."""
+    from small_runs import make_cells
+
+    return make_cells(tmp_path_factory.mktemp("cells"))
 
 
 @pytest.fixture(scope="session")

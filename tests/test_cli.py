@@ -105,6 +105,19 @@ def test_ctrl_c_saves_and_resume_goes_on(cells, tmp_path):
     assert (run / "model.pt").is_file()
 
 
+def test_plan_says_what_a_run_would_take_and_refuses_what_does_not_fit(cells):
+    small = [*where(cells), "--model", cells / "start.pt", *quick(), "--set", "resources.device=cpu"]
+    said = call("plan", *small, "--json")
+    plan = json.loads(said.stdout)
+    assert plan["fits"]
+    assert 1 < plan["peak_gb"] < 8
+    assert plan["seconds_per_epoch"] > 0
+    said = call("plan", *small, "--set", "resources.memory_gb=0.5", status=3)
+    assert "does not fit" in said.stdout
+    assert "resources.checkpoint_encoder=true" in said.stdout
+    assert "preset" in call("plan", *small, "--preset", "gtx108", status=2).stderr
+
+
 def test_the_demo_makes_a_model_and_a_picture(tmp_path, monkeypatch):
     settings = {**demo.SETTINGS["training"], "epochs": 1, "samples_per_epoch": 2}
     monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, "training": settings})

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,58 +12,18 @@ import torch
 
 import napari_resfinetune as rf
 from napari_resfinetune.config import read_config
-from napari_resfinetune.events import Checkpointed, EpochEnded, Event, Finished, Message, Started, Step
-from napari_resfinetune.models import load_model, save_model
-from napari_resfinetune.models.weights import load_safetensors
-
-SMALL: dict[str, Any] = {
-    "data": {"patch_px": 64},
-    "resources": {"precision": "fp32", "device": "cpu"},
-}
-TRAINING: dict[str, Any] = {
-    "input_px": 128,
-    "epochs": 3,
-    "samples_per_epoch": 4,
-    "batch_size": 2,
-    "objects": 3,
-    "sub_iterations": 2,
-    "learning_rate": 1e-3,
-}
-
-
-@pytest.fixture(scope="module")
-def cells(tmp_path_factory):
-    """Return folders with three small images of bright squares and their labels, and a start model."""
-    folder = tmp_path_factory.mktemp("cells")
-    rng = np.random.default_rng(0)
-    for name in ("images", "labels"):
-        (folder / name).mkdir()
-    for i in range(3):
-        labels = np.zeros((96, 96), np.uint16)
-        for j, (y, x) in enumerate(np.ndindex(3, 3)):
-            size = rng.integers(8, 20)
-            labels[8 + 28 * y : 8 + 28 * y + size, 8 + 28 * x : 8 + 28 * x + size] = j + 1
-        image = np.where(labels > 0, 3000, 400) + rng.integers(0, 300, labels.shape)
-        tifffile.imwrite(folder / "images" / f"c{i}.tif", image.astype(np.uint16))
-        tifffile.imwrite(folder / "labels" / f"c{i}.tif", labels)
-    save_model(folder / "start.pt", load_model("random:vit_t", decoder="new", seed=3))
-    return folder
-
-
-def run(cells: Path, output: Path, events: list[Event] | None = None, **changes: Any) -> rf.TrainResult:
-    settings = {**SMALL, "training": {**TRAINING, **changes.pop("training", {})}, **changes}
-    on_event = events.append if events is not None else None
-    return rf.train(
-        cells / "images", cells / "labels", model=cells / "start.pt", output=output, on_event=on_event, **settings
-    )
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name in ("model", "instance_decoder")
-        for key, value in load_safetensors(folder / f"{name}.safetensors").items()
-    }
+from napari_resfinetune.events import (
+    Checkpointed,
+    EpochEnded,
+    Event,
+    Finished,
+    Message,
+    Started,
+    Step,
+    event_from_dict,
+)
+from napari_resfinetune.models import load_model
+from small_runs import SMALL, TRAINING, run, weights
 
 
 def test_a_run_leaves_what_the_contract_says(cells, tmp_path):
@@ -351,21 +309,15 @@ def test_a_run_is_continued_with_its_own_settings_or_not_at_all(cells, tmp_path,
             rf.train(images, labels, model=model, output="run", resume=True, **{**settings, **changed})
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
-    ],
-    ids=["card", "CPU"],
-)
-def test_running_out_of_memory_is_said_and_ends_with_its_own_status(cells, tmp_path, monkeypatch, error):
-    def full(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr("napari_resfinetune.training.loop.backward_samples", full)
+def test_a_checkpoint_is_also_written_within_an_epoch(cells, tmp_path):
     events: list[Event] = []
-    with pytest.raises(rf.ResourceError, match="object_chunk=1") as caught:
-        run(cells, tmp_path / "run", events)
-    assert caught.value.exit_status == 3
-    assert type(events[-1]).__name__ == "Failed"
+    run(cells, tmp_path / "run", events, training={"epochs": 1, "samples_per_epoch": 6, "save_minutes": 1e-6})
+    kinds = [type(event) for event in events if isinstance(event, Step | Checkpointed | EpochEnded)]
+    assert kinds[:4] == [Step, Checkpointed, Step, Checkpointed]
+
+
+def test_every_event_comes_back_from_the_log(cells, tmp_path):
+    events: list[Event] = []
+    run(cells, tmp_path / "run", events, training={"epochs": 1})
+    lines = (tmp_path / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [event_from_dict(json.loads(line)) for line in lines] == events

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from napari_resfinetune.config import FinetuneConfig, as_config, make_config, merge, not_given
-from napari_resfinetune.errors import ConfigError, ResFinetuneError
-from napari_resfinetune.events import Event, Failed, Finished, Message, Status, StopToken
+from napari_resfinetune.errors import ConfigError
+from napari_resfinetune.events import Event, StopToken
+from napari_resfinetune.training.result import TrainResult
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,42 +19,9 @@ if TYPE_CHECKING:
     from napari_resfinetune.data.doctor import CheckReport
     from napari_resfinetune.evaluation import Evaluation
     from napari_resfinetune.models import SamModel
-    from napari_resfinetune.training.loop import TrainingJob
-    from napari_resfinetune.training.prepare import OpenedData, Setup
+    from napari_resfinetune.planning import Plan
 
 OnEvent = Callable[[Event], None]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run came to.
-
-    Attributes
-    ----------
-    run_dir
-        The run folder.
-    status
-        How it ended.
-    best_epoch
-        Epoch of the best validation metric, from 0; -1 when it was stopped before the first validation.
-    best_metric
-        Lower is better; `None` when it was stopped before the first validation.
-    peak_memory_gb
-        Most memory that this process took.
-    seconds
-        Time spent training, over all sessions of the run.
-    """
-
-    run_dir: Path
-    status: Status
-    best_epoch: int
-    best_metric: float | None
-    peak_memory_gb: float
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return {**asdict(self), "run_dir": str(self.run_dir)}
 
 
 def train(
@@ -64,6 +32,8 @@ def train(
     on_event: OnEvent | None = None,
     stop: StopToken | None = None,
     resume: bool = False,
+    isolate: bool = False,
+    enforce_limits: bool = False,
     **settings: Any,
 ) -> TrainResult:
     """Finetune a model on labelled images.
@@ -81,6 +51,12 @@ def train(
         Ask it to stop and the run saves a checkpoint and ends after the current step.
     resume
         Continue the run in `output` when there is one.
+    isolate
+        Train in a process of its own, inside its limits: on Linux the system refuses it more memory, all of it is given
+        back at the end, and a process that is killed leaves its checkpoint and an error here.
+    enforce_limits
+        Let the system keep the limits for this process too, all of it, while it trains; without, training looks after
+        each step whether it is inside them.
     **settings
         ``model``, ``strategy`` and ``preset`` by name, and the sections ``data``, ``training``, ``resources`` as
         mappings, with the keys of `FinetuneConfig`.
@@ -104,25 +80,13 @@ def train(
         from napari_resfinetune.training.run_folder import open_run
 
         written = open_run(output)[1].model_copy(update={"output": output})
-        return _continue(_same_run(written, config, whole=with_settings), images, labels, on_event, stop)
-    from napari_resfinetune.training.run_folder import RunFolder, check_output, create_run
+        config = _same_run(written, config, whole=with_settings)
+    else:
+        from napari_resfinetune.training.run_folder import check_output
 
-    check_output(output)
-    from napari_resfinetune.models import resolve_model
-    from napari_resfinetune.planning import environment_report, probe_hardware
-    from napari_resfinetune.training.prepare import choose_setup, make_job, open_data, settle
-
-    data = open_data(config, images, labels)
-    hardware = probe_hardware()
-    setup = choose_setup(config, hardware)
-    config = settle(config, setup, resolve_model(config.model))
-    # A model that cannot be used leaves no run folder behind.
-    job, learning = make_job(config, RunFolder(output), data, setup)
-    run = create_run(output, job.config)
-    run.write_json("environment.json", environment_report(hardware))
-    run.write_json("plan.json", setup.to_dict())
-    run.write_json("split.json", data.split.to_dict(data.pairs))
-    return _run(job, _opening(data, setup, learning), on_event, stop, resume=False)
+        resume = False
+        check_output(output)
+    return _train(config, images, labels, on_event, stop, resume=resume, isolate=isolate, enforce=enforce_limits)
 
 
 def resume(
@@ -133,6 +97,8 @@ def resume(
     on_event: OnEvent | None = None,
     stop: StopToken | None = None,
     epochs: int | None = None,
+    isolate: bool = False,
+    enforce_limits: bool = False,
 ) -> TrainResult:
     """Continue a run exactly where it was.
 
@@ -146,6 +112,8 @@ def resume(
         As for `train`.
     epochs
         A new number of epochs.
+    isolate, enforce_limits
+        As for `train`.
 
     Raises
     ------
@@ -158,7 +126,41 @@ def resume(
     config = config.model_copy(update={"output": Path(run_dir)})
     if epochs is not None:
         config = make_config(merge(config.model_dump(mode="json"), {"training": {"epochs": epochs}}), "resume")
-    return _continue(config, images, labels, on_event, stop)
+    return _train(config, images, labels, on_event, stop, resume=True, isolate=isolate, enforce=enforce_limits)
+
+
+def plan(images: Any = None, labels: Any = None, **settings: Any) -> Plan:
+    """Say what a training run would take, before it starts.
+
+    Parameters
+    ----------
+    images, labels
+        As for `train`; without them, two held-out images are assumed.
+    **settings
+        As for `train`. A preset for another computer than this one is planned as if on it.
+
+    Returns
+    -------
+    Plan
+        Memory, time, disk, and which levers were switched on to make it fit.
+
+    Raises
+    ------
+    ConfigError, DataError, ModelError
+        For settings or data that a run would refuse.
+    """
+    from napari_resfinetune.planning import probe_hardware
+    from napari_resfinetune.training.planned import architecture_of, length_of, plan_anywhere
+    from napari_resfinetune.training.prepare import open_data
+
+    config, images, labels = as_config(images, labels, None, settings)
+    hardware = probe_hardware()
+    architecture = architecture_of(config.model)
+    if images is None and config.data.images is None:
+        held_out = 2
+    else:
+        held_out = len(open_data(config, images, labels).split.validation)
+    return plan_anywhere(config, hardware, architecture, length_of(config, held_out))
 
 
 def check(images: Any = None, labels: Any = None, **settings: Any) -> CheckReport:
@@ -373,68 +375,24 @@ def _same_run(written: FinetuneConfig, asked: FinetuneConfig, *, whole: bool) ->
     return written.model_copy(update={"training": epochs, "resources": asked.resources})
 
 
-def _continue(
-    config: FinetuneConfig, images: Any, labels: Any, on_event: OnEvent | None, stop: StopToken | None
+def _train(
+    config: FinetuneConfig,
+    images: Any,
+    labels: Any,
+    on_event: OnEvent | None,
+    stop: StopToken | None,
+    *,
+    resume: bool,
+    isolate: bool,
+    enforce: bool,
 ) -> TrainResult:
-    from napari_resfinetune.planning import probe_hardware
-    from napari_resfinetune.training.prepare import check_same_split, choose_setup, make_job, open_data
-    from napari_resfinetune.training.run_folder import RunFolder
+    if isolate:
+        from napari_resfinetune.training.child import train_in_child
 
-    if config.data.images is None and images is None:
-        raise ConfigError(f"{config.output}: the run was given arrays; resume it from Python with the same arrays")
-    run = RunFolder(Path(str(config.output)))
-    data = open_data(config, images, labels)
-    check_same_split(run.read_json("split.json"), data, run)
-    setup = choose_setup(config, probe_hardware())
-    job, learning = make_job(config, run, data, setup)
-    return _run(job, _opening(data, setup, learning), on_event, stop, resume=True)
+        return train_in_child(config, images, labels, on_event=on_event, stop=stop, resume=resume)
+    from napari_resfinetune.training.session import run_training
 
-
-def _run(
-    job: TrainingJob, opening: Iterable[str], on_event: OnEvent | None, stop: StopToken | None, *, resume: bool
-) -> TrainResult:
-    from napari_resfinetune.planning import freed_memory
-    from napari_resfinetune.training.checkpoints import find_checkpoint
-    from napari_resfinetune.training.loop import Trainer
-    from napari_resfinetune.training.run_folder import RunLog
-
-    run = job.run
-    trainer = Trainer(job, resume=resume)
-    log = RunLog(run, first_epoch=trainer.progress.epoch)
-    finished = None
-
-    def tell(event: Event) -> None:
-        log(event)
-        if on_event is not None:
-            on_event(event)
-
-    try:
-        for text in opening:
-            tell(Message(text))
-        with freed_memory(job.config.resources.freed_memory):
-            for event in trainer.run(stop or StopToken()):
-                tell(event)
-                if isinstance(event, Finished):
-                    finished = event
-    except ResFinetuneError as error:
-        tell(Failed(str(error), resumable=find_checkpoint(run.latest) is not None))
-        raise
-    finally:
-        log.close()
-    if finished is None:
-        raise RuntimeError("the trainer ended without saying how")
-    return TrainResult(
-        run.path, finished.status, finished.best_epoch, finished.best_metric, finished.peak_memory_gb, finished.seconds
-    )
-
-
-def _opening(data: OpenedData, setup: Setup, report: Any) -> Iterator[str]:
-    """Say in words what is about to run."""
-    yield data.split.note
-    yield from (str(problem) for problem in data.report.warnings)
-    yield from setup.notes
-    yield setup.precision.reason
-    yield f"learning: {report}"
+    return run_training(config, images, labels, on_event=on_event, stop=stop, resume=resume, enforce=enforce)
 
 
 def _loaded(model: str | Path | SamModel, modes: Sequence[str], device: str) -> SamModel:
@@ -447,7 +405,7 @@ def _inference_settings(model: SamModel, device: str, options: Mapping[str, Any]
     """Scale images as the model saw them in training, unless told otherwise."""
     from napari_resfinetune.config import DataConfig
     from napari_resfinetune.planning import choose_precision, probe_hardware
-    from napari_resfinetune.training.prepare import DTYPES
+    from napari_resfinetune.training.step import DTYPES
 
     unknown = set(options) - {"channels", "percentiles", "patch_px"}
     if unknown:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ class Started(Event):
     step: int
     trainable_parameters: int
     total_parameters: int
+    memory_limit_gb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Step(Event):
     instance_loss: float | None
     seconds: float
     memory_gb: float
+    peak_memory_gb: float
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class EpochEnded(Event):
     learning_rate: float
     seconds: float
     peak_memory_gb: float
+    memory_limit_gb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Checkpointed(Event):
 
 @dataclass(frozen=True)
 class MemoryLever(Event):
-    """The trainer changed how it computes to stay inside its memory."""
+    """The trainer changed how it computes to stay inside its memory, and goes on from the same step."""
 
     lever: str
     before: str
@@ -119,6 +123,22 @@ class Failed(Event):
 
     error: str
     resumable: bool
+
+
+def event_from_dict(values: Mapping[str, Any]) -> Event:
+    """Return the event that `Event.to_dict` gave.
+
+    Raises
+    ------
+    ValueError
+        When there is no such event.
+    """
+    fields = dict(values)
+    name = fields.pop("event", None)
+    kind = next((kind for kind in Event.__subclasses__() if kind.__name__ == name), None)
+    if kind is None:
+        raise ValueError(f"{name}: no such event")
+    return kind(**fields)
 
 
 class StopToken:

@@ -22,7 +22,8 @@ from napari_resfinetune.cli.output import (
     stop_on_interrupt,
 )
 from napari_resfinetune.config import FinetuneConfig, make_config, merge, parse_overrides, read_yaml
-from napari_resfinetune.errors import ConfigError, DataError
+from napari_resfinetune.errors import ConfigError, DataError, ResourceError
+from napari_resfinetune.planning.planner import duration
 
 app = typer.Typer(
     name="resfinetune",
@@ -92,27 +93,38 @@ def check(images: Images = None, labels: Labels = None, set_: Set = None, as_jso
         raise typer.Exit(DataError.exit_status)
 
 
+ConfigFile = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG.yaml", help="Configuration as YAML; options below go over it.")
+]
+StartModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="MODEL", help="Start from this name, checkpoint, run folder or adapter."),
+]
+StrategyName = Annotated[
+    str | None,
+    typer.Option("--strategy", "-s", metavar="NAME", help="What learns: full, late, lora, late_lora or frozen."),
+]
+PresetName = Annotated[str | None, typer.Option("--preset", "-p", metavar="NAME", help="Hardware preset, or auto.")]
+Isolate = Annotated[
+    bool,
+    typer.Option(
+        "--isolate", help="Train in a process of its own; if the system kills it, this one says so, and how to go on."
+    ),
+]
+
+
 @app.command()
 def train(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG.yaml", help="Configuration as YAML; options below go over it.")
-    ] = None,
+    config: ConfigFile = None,
     images: Images = None,
     labels: Labels = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", metavar="MODEL", help="Start from this name, checkpoint, run folder or adapter."),
-    ] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option("--strategy", "-s", metavar="NAME", help="What learns: full, late, lora, late_lora or frozen."),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option("--preset", "-p", metavar="NAME", help="Hardware preset, or auto.")
-    ] = None,
+    model: StartModel = None,
+    strategy: StrategyName = None,
+    preset: PresetName = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="RUN", help="New folder for the run.")
     ] = None,
+    isolate: Isolate = False,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -121,31 +133,51 @@ def train(
     Ctrl-C saves a checkpoint and stops; go on with: resfinetune resume RUN.
     """
     with plain_errors():
-        values: dict[str, Any] = {"data": _data(images, labels)}
-        if model is not None:
-            values["model"] = model
-        if strategy is not None:
-            values["strategy"] = {"kind": strategy}
-        if preset is not None:
-            values["resources"] = {"preset": preset}
+        values = _run_values(images, labels, model, strategy, preset)
         if output is not None:
             values["output"] = str(output)
         settings = _config(config, values, set_)
         with stop_on_interrupt() as stop, TrainingProgress() as progress:
-            result = api.train(settings, on_event=progress, stop=stop)
+            result = api.train(settings, on_event=progress, stop=stop, isolate=isolate, enforce_limits=True)
         _end(result, as_json)
+
+
+@app.command()
+def plan(
+    config: ConfigFile = None,
+    images: Images = None,
+    labels: Labels = None,
+    model: StartModel = None,
+    strategy: StrategyName = None,
+    preset: PresetName = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a training run would take, and what is switched on to make it fit, before it starts.
+
+    A preset for another computer is planned as if on it. Exit status 3: it does not fit.
+    """
+    with plain_errors():
+        found = api.plan(_config(config, _run_values(images, labels, model, strategy, preset), set_))
+        if as_json:
+            print_json(found.to_dict())
+        else:
+            _print_plan(found)
+    if not found.fits:
+        raise typer.Exit(ResourceError.exit_status)
 
 
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
     epochs: Annotated[int | None, typer.Option(help="A new number of epochs.")] = None,
+    isolate: Isolate = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a run exactly where it stopped."""
     with plain_errors():
         with stop_on_interrupt() as stop, TrainingProgress() as progress:
-            result = api.resume(run, epochs=epochs, on_event=progress, stop=stop)
+            result = api.resume(run, epochs=epochs, on_event=progress, stop=stop, isolate=isolate, enforce_limits=True)
         _end(result, as_json)
 
 
@@ -279,6 +311,44 @@ def _data(images: list[str] | None, labels: list[str] | None) -> dict[str, Any]:
     return {name: value[0] if len(value) == 1 else value for name, value in named.items() if value}
 
 
+def _run_values(
+    images: list[str] | None, labels: list[str] | None, model: str | None, strategy: str | None, preset: str | None
+) -> dict[str, Any]:
+    values: dict[str, Any] = {"data": _data(images, labels)}
+    if model is not None:
+        values["model"] = model
+    if strategy is not None:
+        values["strategy"] = {"kind": strategy}
+    if preset is not None:
+        values["resources"] = {"preset": preset}
+    return values
+
+
+def _print_plan(plan: Any) -> None:
+    work = plan.work
+    verdict = "fits" if plan.fits else "[bold red]does not fit[/]"
+    results.print(
+        f"{work.architecture}, {work.strategy.kind}, {work.objects} objects, {work.device} in {work.precision}"
+    )
+    results.print(f"memory  {plan.peak_gb:.1f} of {plan.limit_gb:.1f} GB: {verdict}")
+    for name, gb in plan.breakdown_gb.items():
+        results.print(f"        {gb:5.2f} GB {name}")
+    first = f" (the first: {duration(plan.seconds_first_epoch)})" if work.keep_features else ""
+    results.print(
+        f"time    {duration(plan.seconds_per_step)} a step, {duration(plan.seconds_per_epoch)} an epoch{first}, "
+        f"at most {duration(plan.seconds_at_most)} in all"
+    )
+    results.print(f"disk    {plan.disk_gb:.1f} GB")
+    if plan.levers:
+        results.print("to fit, these are switched on:")
+        for pulled in plan.levers:
+            results.print(f"        {_markup(pulled)}")
+    for advice in plan.advice:
+        results.print(f"also    {_markup(advice)}")
+    if not plan.measured:
+        results.print("note    nothing was trained on this computer yet; the next plan will be nearer")
+
+
 def _config(path: Path | None, options: Mapping[str, Any], overrides: list[str] | None) -> FinetuneConfig:
     values = read_yaml(path) if path is not None else {}
     return make_config(merge(values, options, parse_overrides(overrides or [])), str(path or "options"))
@@ -334,18 +404,13 @@ def _end(result: api.TrainResult, as_json: bool) -> None:
         errors.print(f"stopped; go on with: resfinetune resume {result.run_dir}")
         raise typer.Exit(STOPPED)
     if not as_json:
+        best = "no validation" if result.best_metric is None else f"validation {result.best_metric:.3f}"
         results.print(
-            f"{words[result.status]}: best epoch {result.best_epoch + 1}, validation {result.best_metric:.3f}, "
-            f"{_duration(result.seconds)}, peak {result.peak_memory_gb:.1f} GB"
+            f"{words[result.status]}: best epoch {result.best_epoch + 1}, {best}, "
+            f"{duration(result.seconds)}, peak {result.peak_memory_gb:.1f} GB"
         )
         results.print(f"model: {result.run_dir / 'model.pt'}")
         results.print(f"next:  resfinetune segment --model {result.run_dir} --images FOLDER --output FOLDER")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def _markup(problem: Any) -> str:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from napari_resfinetune.errors import ResFinetuneError
-from napari_resfinetune.events import Checkpointed, EpochEnded, Event, Message, Started, Step, StopToken
+from napari_resfinetune.events import Checkpointed, EpochEnded, Event, MemoryLever, Message, Started, Step, StopToken
 
 STOPPED = 130
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -88,6 +88,7 @@ class TrainingProgress:
         )
         self._task = self._bar.add_task("preparing", total=None, detail="")
         self._epochs = self._steps = 0
+        self._limit = ""
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
@@ -102,6 +103,7 @@ class TrainingProgress:
             self._bar.console.print(_escape(event.text))
         elif isinstance(event, Started):
             self._epochs, self._steps = event.epochs, event.steps_per_epoch
+            self._limit = "" if event.memory_limit_gb is None else f" of {event.memory_limit_gb:.1f}"
             done = event.epoch * event.steps_per_epoch + event.step
             self._bar.console.print(
                 f"training on {event.device} in {event.precision}, writing to {_escape(event.run_dir)}"
@@ -113,7 +115,13 @@ class TrainingProgress:
                 self._task,
                 completed=event.epoch * self._steps + event.step + 1,
                 description=f"epoch {event.epoch + 1} of up to {self._epochs}",
-                detail=f"loss {event.loss:.3f}, {event.memory_gb:.1f} GB, {event.seconds:.1f} s a step",
+                detail=f"loss {event.loss:.3f}, {event.memory_gb:.1f}{self._limit} GB, {event.seconds:.1f} s a step",
+            )
+        elif isinstance(event, MemoryLever):
+            changes = ", which changes training" if event.changes_training else ""
+            self._bar.console.print(
+                f"memory: {_escape(event.reason)}; going on with {event.lever}={event.after} instead of "
+                f"{event.before}{changes}"
             )
         elif isinstance(event, EpochEnded):
             best = "best so far" if event.best_epoch == event.epoch else f"best was epoch {event.best_epoch + 1}"

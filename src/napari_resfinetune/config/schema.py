@@ -194,16 +194,39 @@ class TrainingConfig(_Frozen):
     )
     seed: int = Field(0, ge=0, description="fixes split, patches, prompts and new weights")
     keep_every: PositiveInt | None = Field(None, description="also keep the checkpoint of every k-th epoch")
+    save_minutes: PositiveFloat = Field(
+        10, description="within an epoch, also save the checkpoint to resume from every so many minutes"
+    )
 
 
 class ResourcesConfig(_Frozen):
     """What the run may use."""
 
-    preset: PresetName = Field("auto", description="a named hardware preset; decides the number of objects")
+    preset: PresetName = Field(
+        "auto", description="a named hardware preset: limits that training stays inside, and the number of objects"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where the model runs")
     precision: Precision = Field("auto", description="number format of the activations; 'auto' probes the device")
-    memory_gb: PositiveFloat | None = Field(None, description="most memory for training; recorded, not enforced yet")
-    threads: PositiveInt | None = Field(None, description="CPU threads that training may take")
+    memory_gb: PositiveFloat | None = Field(
+        None, description="most RAM that training may take, loader processes included; the preset's if unset"
+    )
+    gpu_memory_gb: PositiveFloat | None = Field(
+        None, description="most memory that training may take on the card; the preset's if unset"
+    )
+    threads: PositiveInt | None = Field(
+        None, description="CPU threads that training may take; the preset's cores, as far as there are any, if unset"
+    )
+    nice: int = Field(
+        5,
+        ge=0,
+        le=19,
+        description="how much training in a process of its own gives way to other programs, from 0 to 19",
+    )
+    levers: Literal["auto", "off"] = Field(
+        "auto",
+        description="'auto' switches on what saves memory, cheapest first, until the run fits its limit, and goes on "
+        "with the next when memory runs out all the same; 'off' leaves the settings below as they are",
+    )
     workers: int | None = Field(None, ge=0, description="processes that load patches; chosen for the machine if unset")
     micro_batch: PositiveInt = Field(
         1,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FEW_TOKENS = 256
 # Scores of so many queries with 4096 keys, in 16 bit, fit into the cache of a core.
 QUERIES_AT_ONCE = 256
+DEVICES_IN_CHUNKS = frozenset({"cpu"})
 
 
 def vit_attention(attention: Attention, x: Tensor, *, stretched: bool = False) -> Tensor:
@@ -55,7 +56,7 @@ def vit_attention(attention: Attention, x: Tensor, *, stretched: bool = False) -
         by_row = torch.einsum("bnyxc,ykc->bnyxk", grid, _relative(attention.rel_pos_h, height, stretched).to(q.dtype))
         by_column = torch.einsum("bnyxc,xkc->bnyxk", grid, _relative(attention.rel_pos_w, width, stretched).to(q.dtype))
         terms = by_row.flatten(2, 3).to(q.dtype), by_column.flatten(2, 3).to(q.dtype)
-        if height * width > FEW_TOKENS and x.device.type == "cpu":
+        if height * width > FEW_TOKENS and x.device.type in DEVICES_IN_CHUNKS:
             out = _ChunkedAttention.apply(scaled, k, v, *terms)
         else:
             out = _folded_attention(scaled, k, v, *terms)
@@ -176,7 +177,8 @@ def _relative(table: Tensor, size: int, stretched: bool) -> Tensor:
         first = (table.shape[0] - distances) // 2
         table = table[first : first + distances]
     places = torch.arange(size, device=table.device)
-    return table[places[:, None] - places[None, :] + size - 1]
+    # Not by indexing, whose gradient adds up in any order on a CPU, and so differs in its last bit.
+    return F.embedding(places[:, None] - places[None, :] + size - 1, table)
 
 
 def _one_hot_places(height: int, width: int, like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from timm.models.tiny_vit import Attention, TinyVit
 from torch import nn
+from torch.nn import functional as F
 
 from napari_resfinetune.errors import ModelError
 from napari_resfinetune.models import upstream
@@ -150,7 +151,8 @@ class _Attention(Attention):
 
     def get_attention_biases(self, device: torch.device) -> torch.Tensor:
         indices: Any = self.attention_bias_idxs
-        return self.attention_biases[:, indices]
+        # As an embedding: on a CPU the gradient of indexing adds up in any order, and differs in its last bit.
+        return F.embedding(indices, self.attention_biases.t()).permute(2, 0, 1)
 
 
 def _use_current_biases(vit: Any) -> None:

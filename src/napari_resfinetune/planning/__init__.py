@@ -1,7 +1,10 @@
 """Floor 2: what the machine has, and how a run fits into it."""
 
 from napari_resfinetune.planning.allocator import Freed, freed_memory
+from napari_resfinetune.planning.calibration import learn_from_run, rates_here
 from napari_resfinetune.planning.hardware import Gpu, Hardware, environment_report, pick_device, probe_hardware
+from napari_resfinetune.planning.levers import Pulled, Work, levered, pull_lever
+from napari_resfinetune.planning.limits import Limits, choose_limits, within_limits
 from napari_resfinetune.planning.memory import (
     MemoryGauge,
     MemoryReading,
@@ -9,6 +12,7 @@ from napari_resfinetune.planning.memory import (
     peak_memory_gb,
     process_memory_gb,
 )
+from napari_resfinetune.planning.planner import Length, Plan, Rates, StepCost, make_plan, what_else
 from napari_resfinetune.planning.precision import PrecisionChoice, choose_precision
 from napari_resfinetune.planning.presets import PRESETS, Preset, auto_preset, get_preset, preset_fits
 from napari_resfinetune.planning.report import doctor_report
@@ -27,6 +31,21 @@ __all__ = [
     "auto_preset",
     "get_preset",
     "preset_fits",
+    "learn_from_run",
+    "rates_here",
+    "Pulled",
+    "Work",
+    "levered",
+    "pull_lever",
+    "Limits",
+    "choose_limits",
+    "within_limits",
+    "Length",
+    "Plan",
+    "Rates",
+    "StepCost",
+    "make_plan",
+    "what_else",
     "Freed",
     "freed_memory",
     "MemoryGauge",

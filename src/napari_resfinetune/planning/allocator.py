@@ -21,7 +21,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _LARGE_BYTES = 12 * 2**20
 _SETTINGS: dict[Freed, tuple[tuple[int, int], ...]] = {
     "keep": ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)),
-    "return": ((_M_MMAP_THRESHOLD, _LARGE_BYTES), (_M_TRIM_THRESHOLD, 2**31 - 1)),
+    "return": ((_M_MMAP_MAX, 65536), (_M_MMAP_THRESHOLD, _LARGE_BYTES), (_M_TRIM_THRESHOLD, 2**31 - 1)),
 }
 _DEFAULTS = ((_M_MMAP_MAX, 65536), (_M_MMAP_THRESHOLD, 2**25), (_M_TRIM_THRESHOLD, 2**26))
 
@@ -35,18 +35,31 @@ def freed_memory(what: Freed) -> Iterator[None]:
     what
         ``"keep"`` is faster, ``"return"`` smaller.
     """
-    libc = _glibc()
-    if libc is None:
-        yield
-        return
-    for option, value in _SETTINGS[what]:
-        libc.mallopt(option, value)
+    switch_freed_memory(what)
     try:
         yield
     finally:
-        for option, value in _DEFAULTS:
-            libc.mallopt(option, value)
+        _set(_DEFAULTS)
+        return_free_memory()
+
+
+def switch_freed_memory(what: Freed) -> None:
+    """Keep or return freed memory from now on."""
+    _set(_SETTINGS[what])
+
+
+def return_free_memory() -> None:
+    """Give what is free back to the system now."""
+    libc = _glibc()
+    if libc is not None:
         libc.malloc_trim(0)
+
+
+def _set(options: tuple[tuple[int, int], ...]) -> None:
+    libc = _glibc()
+    if libc is not None:
+        for option, value in options:
+            libc.mallopt(option, value)
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -1,7 +1,8 @@
 """Named limits and defaults for the machines that people have.
 
-Limits and the published choices are those of the hardware table in micro-sam's notes on training with limited
-resources; combinations that it does not name ask for no more than their larger neighbours.
+Limits are those of the hardware table in micro-sam's notes on training with limited resources. Strategies and objects
+began there and ask for more where this package's training step allows it: all layers of ``vit_b`` learn in each of
+them, where the table has a frozen ``vit_t`` with one object for 8 GB of RAM.
 """
 
 from __future__ import annotations
@@ -18,20 +19,10 @@ from napari_resfinetune.planning.hardware import Hardware, pick_device
 
 logger = logging.getLogger(__name__)
 
-StrategyKind = Literal["full", "frozen"]
 DeviceKind = Literal["cpu", "cuda", "mps"]
 
 # Beside a GPU, the process itself takes less than this; a preset's own limit on RAM may be larger.
 _HOST_MEMORY_GB = 8.0
-
-
-@dataclass(frozen=True)
-class ArchitectureDefaults:
-    """What a preset trains of one architecture: strategy, and objects per patch in one step."""
-
-    architecture: str
-    strategy: StrategyKind
-    objects: int
 
 
 @dataclass(frozen=True)
@@ -52,8 +43,15 @@ class Preset:
         Most CPU cores.
     model
         The model to suggest. Those for light microscopy learn cells two to four times sooner than the original ones.
-    architectures
-        Defaults of each architecture.
+    objects_by_architecture
+        Objects per patch in one step; an architecture that is not named gets those of the last.
+    tflops
+        What the card reaches in a large 16-bit matrix product, about, for a plan without the card; `None` is this
+        computer's own.
+    precision
+        Number format of the activations on that device; `None` is found out.
+    strategy
+        What learns. Levers, which the planner pulls until a run fits, make room for all of it everywhere.
     """
 
     name: str
@@ -62,22 +60,15 @@ class Preset:
     gpu_memory_gb: float | None
     cores: int
     model: str
-    architectures: tuple[ArchitectureDefaults, ...]
+    objects_by_architecture: tuple[tuple[str, int], ...]
+    tflops: float | None = None
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    strategy: Literal["full"] = "full"
 
     @property
     def objects(self) -> dict[str, int]:
         """Objects per patch by architecture, as a copy."""
-        return {each.architecture: each.objects for each in self.architectures}
-
-    @property
-    def strategies(self) -> dict[str, StrategyKind]:
-        """Strategy by architecture, as a copy."""
-        return {each.architecture: each.strategy for each in self.architectures}
-
-    @property
-    def strategy(self) -> StrategyKind:
-        """The strategy for the suggested model."""
-        return next(each.strategy for each in self.architectures if self.model.startswith(each.architecture))
+        return dict(self.objects_by_architecture)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -89,7 +80,6 @@ class Preset:
             "cores": self.cores,
             "model": self.model,
             "strategy": self.strategy,
-            "strategies": self.strategies,
             "objects": self.objects,
         }
 
@@ -185,24 +175,24 @@ def _size(preset: Preset) -> tuple[float, float]:
     return preset.gpu_memory_gb or 0.0, preset.memory_gb
 
 
-def _both(vit_t: tuple[StrategyKind, int], vit_b: tuple[StrategyKind, int]) -> tuple[ArchitectureDefaults, ...]:
-    return ArchitectureDefaults("vit_t", *vit_t), ArchitectureDefaults("vit_b", *vit_b)
+def _both(vit_t: int, vit_b: int) -> tuple[tuple[str, int], ...]:
+    return ("vit_t", vit_t), ("vit_b", vit_b)
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         preset.name: preset
         for preset in (
-            Preset("cpu-8gb", "cpu", 8, None, 8, "vit_t_lm", _both(("frozen", 1), ("frozen", 1))),
-            Preset("cpu-16gb", "cpu", 16, None, 8, "vit_t_lm", _both(("full", 5), ("frozen", 5))),
-            Preset("cpu-32gb", "cpu", 32, None, 16, "vit_b_lm", _both(("full", 10), ("full", 10))),
-            Preset("cpu-64gb", "cpu", 64, None, 16, "vit_b_lm", _both(("full", 15), ("full", 15))),
-            Preset("gtx1080", "cuda", 32, 8, 8, "vit_t_lm", _both(("full", 5), ("frozen", 10))),
-            Preset("rtx5000", "cuda", 32, 16, 8, "vit_b_lm", _both(("full", 20), ("full", 10))),
-            Preset("rtx3090", "cuda", 32, 24, 8, "vit_b_lm", _both(("full", 30), ("full", 20))),
-            Preset("v100", "cuda", 32, 32, 8, "vit_b_lm", _both(("full", 45), ("full", 35))),
-            Preset("a100", "cuda", 64, 80, 16, "vit_b_lm", _both(("full", 45), ("full", 35))),
-            Preset("mps", "mps", 16, None, 8, "vit_t_lm", _both(("full", 5), ("frozen", 5))),
+            Preset("cpu-8gb", "cpu", 8, None, 8, "vit_t_lm", _both(5, 5)),
+            Preset("cpu-16gb", "cpu", 16, None, 8, "vit_b_lm", _both(10, 10)),
+            Preset("cpu-32gb", "cpu", 32, None, 16, "vit_b_lm", _both(15, 15)),
+            Preset("cpu-64gb", "cpu", 64, None, 16, "vit_b_lm", _both(25, 25)),
+            Preset("gtx1080", "cuda", 32, 8, 8, "vit_b_lm", _both(10, 10), 8, "fp32"),
+            Preset("rtx5000", "cuda", 32, 16, 8, "vit_b_lm", _both(20, 20), 45, "fp16"),
+            Preset("rtx3090", "cuda", 32, 24, 8, "vit_b_lm", _both(30, 30), 60, "bf16"),
+            Preset("v100", "cuda", 32, 32, 8, "vit_b_lm", _both(45, 35), 70, "fp16"),
+            Preset("a100", "cuda", 64, 80, 16, "vit_b_lm", _both(45, 35), 200, "bf16"),
+            Preset("mps", "mps", 16, None, 8, "vit_t_lm", _both(5, 5), 4, "fp32"),
         )
     }
 )

@@ -43,6 +43,8 @@ class Progress:
         Lowest validation metric so far and its epoch.
     seconds
         Time spent training, over all sessions.
+    levers
+        Settings that were changed when memory ran out, by their keys in the configuration.
     """
 
     epoch: int = 0
@@ -51,6 +53,7 @@ class Progress:
     best_metric: float = math.inf
     best_epoch: int = -1
     seconds: float = 0.0
+    levers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -174,7 +177,7 @@ def load_training(
         raise ModelError(f"{path}: missing, so the run cannot go on; start a new run from this model") from None
     except Exception as error:
         raise ModelError(f"{path}: cannot be read ({error}); start a new run from checkpoints/best") from error
-    fields = {field.name: state[field.name] for field in dataclasses.fields(Progress)}
+    fields = {field.name: state[field.name] for field in dataclasses.fields(Progress) if field.name in state}
     if fields["best_metric"] is None:
         fields["best_metric"] = math.inf
     return Progress(**fields)

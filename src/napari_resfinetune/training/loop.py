@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch.amp import GradScaler
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader
 
-from napari_resfinetune.config import FinetuneConfig, TrainingConfig
-from napari_resfinetune.data.patches import Patch, TrainingPatches, ValidationPatches
-from napari_resfinetune.errors import ResourceError, TrainingError
+from napari_resfinetune.config import TrainingConfig
+from napari_resfinetune.data.patches import Patch
+from napari_resfinetune.errors import ResFinetuneError, TrainingError
 from napari_resfinetune.events import (
     Checkpointed,
     EpochEnded,
     Event,
     Finished,
+    MemoryLever,
     Message,
     Started,
     Status,
     Step,
     StopToken,
 )
-from napari_resfinetune.models import SamModel, save_adapter, save_model
-from napari_resfinetune.planning.memory import GB, MemoryGauge
+from napari_resfinetune.models import save_adapter, save_model
+from napari_resfinetune.planning.allocator import switch_freed_memory
+from napari_resfinetune.planning.levers import at_most, pull_lever
+from napari_resfinetune.planning.memory import MemoryGauge, MemoryWatch
+from napari_resfinetune.planning.planner import WORKER_GB
 from napari_resfinetune.training.checkpoints import (
     Progress,
     find_checkpoint,
@@ -42,66 +44,20 @@ from napari_resfinetune.training.checkpoints import (
     load_weights,
     save_checkpoint,
 )
-from napari_resfinetune.training.feature_cache import FeatureCache, name_of_part
+from napari_resfinetune.training.feature_cache import FeatureCache
+from napari_resfinetune.training.frozen import announce, open_features
+from napari_resfinetune.training.job import TrainingJob
+from napari_resfinetune.training.loading import load_batches
 from napari_resfinetune.training.prompts import PromptPlan, plan_training_prompts, plan_validation_prompts
-from napari_resfinetune.training.run_folder import RunFolder
-from napari_resfinetune.training.step import (
-    Losses,
-    StepSettings,
-    backward_samples,
-    frozen_tokens,
-    frozen_units,
-    validate_sample,
-)
+from napari_resfinetune.training.step import Losses, backward_samples, step_settings, validate_sample
+from napari_resfinetune.training.survival import OutOfMemory, free, go_back, is_out_of_memory, remember
 
 # Weight of the instance decoder's loss in the validation metric, as in micro-sam.
 INSTANCE_METRIC_WEIGHT = 1 / 3
 SAM_INPUT_PX = 1024
-# What a CPU and an Apple GPU say; CUDA has an exception of its own.
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "MPS backend out of memory")
 # First words of the random streams, so that patches (1, 2, 5), prompts, validation and dropout never share numbers.
 PROMPT_STREAM, VALIDATION_STREAM, DROPOUT_STREAM = 3, 4, 6
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """Everything that a training run works on.
-
-    Attributes
-    ----------
-    config
-        What was asked.
-    run
-        Where results go.
-    model
-        On its device, with `requires_grad` set by the strategy.
-    training, validation
-        Patches.
-    settings
-        How a step is computed.
-    objects
-        At most this many objects of a patch are prompted in a step.
-    use_scaler
-        Whether losses are scaled (float16).
-    workers
-        Processes that load patches; 0 loads in this one.
-    keep_features
-        Whether what the frozen part of the image encoder computes is kept on disk.
-    base_is_lasting
-        Whether an adapter can be put onto the start model again; fresh random weights are gone after the run.
-    """
-
-    config: FinetuneConfig
-    run: RunFolder
-    model: SamModel
-    training: TrainingPatches
-    validation: ValidationPatches
-    settings: StepSettings
-    objects: int
-    use_scaler: bool = False
-    workers: int = 0
-    keep_features: bool = False
-    base_is_lasting: bool = True
+T = TypeVar("T")
 
 
 class Trainer:
@@ -118,7 +74,9 @@ class Trainer:
     def __init__(self, job: TrainingJob, *, resume: bool = False) -> None:
         self.job = job
         self.device = next(job.model.parameters()).device
-        self.gauge = MemoryGauge(str(self.device))
+        self.work = job.work
+        self.gauge = MemoryGauge(str(self.device), job.memory_limit_gb)
+        self.watch = MemoryWatch()
         self.plan: TrainingConfig = job.config.training
         self.steps_per_epoch = math.ceil(self.plan.samples_per_epoch / self.plan.batch_size)
         self.with_masks = self.plan.targets in ("both", "masks")
@@ -130,46 +88,61 @@ class Trainer:
         )
         self.scaler = GradScaler(self.device.type) if job.use_scaler else None
         self.progress = Progress()
-        self._clock = time.monotonic()
+        self._clock = self._saved = time.monotonic()
         latest = find_checkpoint(job.run.latest) if resume else None
         if latest is not None:
             load_weights(latest, job.model)
             self.progress = load_training(latest, self.optimizer, self.scheduler, self.scaler)
+            self.work = at_most(self.work, self.progress.levers)
+        self.settings = step_settings(self.work)
         self._notes: list[str] = []
-        self.features = self._open_features() if job.keep_features else None
+        self._pending: list[Event] = []
+        # Whether weights and progress belong together, so that they may be saved.
+        self._between_steps = True
+        self.features = None
+        if self.work.keep_features:
+            self.features = open_features(job.config, job.run, job.model, self.settings, self._notes.append)
 
-    def run(self, stop: StopToken) -> Iterator[Event]:
+    def run(self, stop: StopToken) -> Generator[Event, None, None]:
         """Train until the last epoch, early stopping, or a request to stop; then write ``model.pt``.
 
         Raises
         ------
+        OutOfMemory
+            When memory ran out and no lever is left; ``checkpoints/latest`` is where it stood.
         TrainingError
             When the loss is no longer a number.
         """
         progress = self.progress
         self._clock = time.monotonic() - progress.seconds
+        self._saved = time.monotonic()
         yield self._started()
         status = self._ended()
-        if self.features is not None and status is None:
-            with self._within_memory():
-                plan = self._announce(self.features)
-            yield Message(plan)
-        for batch in self._loader() if status is None else ():
-            if stop.stopped:
-                status = "stopped"
-                yield self._save("latest")
-                break
-            with self._within_memory():
-                event = self._train_step(batch)
-            yield event
-            if progress.step == self.steps_per_epoch:
+        with self.watch:
+            if progress.step == self.steps_per_epoch:  # memory had run out in its validation
                 yield from self._end_epoch()
-            while self._notes:
-                yield Message(self._notes.pop(0))
-            if progress.step == 0:
                 status = self._ended()
+            if self.features is not None and status is None:
+                features = self.features
+                yield Message((yield from self._surviving(lambda: self._announce(features))))
+            for batch in self._batches() if status is None else ():
+                if stop.stopped:
+                    status = "stopped"
+                    yield self._save("latest")
+                    break
+                yield from self._pending
+                self._pending.clear()
+                yield from self._train_step(batch)
+                if progress.step == self.steps_per_epoch:
+                    yield from self._end_epoch()
+                    status = self._ended()
+                elif time.monotonic() - self._saved > self.plan.save_minutes * 60:
+                    yield self._save("latest")
+                while self._notes:
+                    yield Message(self._notes.pop(0))
                 if status is not None:
                     break
+                yield from self._stay_inside()
         self.write_best()
         if status != "stopped":
             shutil.rmtree(self.job.run.features, ignore_errors=True)
@@ -221,37 +194,13 @@ class Trainer:
             save_adapter(self.job.run.adapter, self.job.model, self.job.config.model, meta)
         return self.job.run.model
 
-    def _open_features(self) -> FeatureCache:
-        """Open the cache for the weights as they are now, after those of a checkpoint are in."""
-        resources, settings = self.job.config.resources, self.job.settings
-        part = name_of_part(
-            frozen_units(self.job.model, settings),
-            input_px=settings.input_px,
-            positions=settings.positions,
-            autocast=str(settings.autocast),
-        )
-        folder = resources.feature_cache_dir or self.job.run.features
-        return FeatureCache(folder, part, resources.feature_cache_gb, self._notes.append)
-
     def _announce(self, features: FeatureCache) -> str:
-        """Say what the cache will take, after encoding one patch that is needed anyway."""
-        room_gb = features.room_gb
-        tokens = frozen_tokens(self.job.model, self.job.validation[0], self.job.settings, features)
-        bank, gb = self.job.training.bank or 0, tokens.numel() * 2 / GB
-        patches = bank + len(self.job.validation)
-        epochs = math.ceil(bank / self.plan.samples_per_epoch)
-        then = f"it is computed in the first {'epoch' if epochs == 1 else f'{epochs} epochs'} alone"
-        if patches * gb > room_gb:
-            then = f"about {max(0, int(room_gb / gb))} of them fit there, the others are computed in every epoch"
-        return (
-            f"frozen features: {bank} patches are drawn and used again and again (training.patch_bank); what the "
-            f"frozen part makes of them and of {len(self.job.validation)} held-out ones takes up to "
-            f"{patches * gb:.2f} GB in {features.folder}; {then}"
-        )
+        job = self.job
+        return announce(features, job.model, self.settings, job.training, job.validation, self.plan.samples_per_epoch)
 
     def _started(self) -> Started:
         counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.job.model.parameters()]
-        autocast = self.job.settings.autocast
+        autocast = self.settings.autocast
         return Started(
             run_dir=str(self.job.run.path),
             device=str(self.device),
@@ -262,49 +211,98 @@ class Trainer:
             step=self.progress.step,
             trainable_parameters=sum(count for count, learns in counts if learns),
             total_parameters=sum(count for count, _ in counts),
+            memory_limit_gb=self.job.memory_limit_gb,
         )
 
-    def _loader(self) -> DataLoader[Patch]:
-        return DataLoader(
-            self.job.training,
-            batch_sampler=_Batches(self.progress, self.plan, self.steps_per_epoch),
-            num_workers=self.job.workers,
-            collate_fn=list,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_leave_interrupts_to_parent,
-        )
+    def _batches(self) -> Iterator[Sequence[Patch]]:
+        """Load patches from where the run stands; the loader starts again when the number of its processes changed."""
+        pinned = self.device.type == "cuda"
+        while True:
+            workers = self.work.workers
+            try:
+                for batch in load_batches(self.job.training, self.progress, self.plan, workers, pinned=pinned):
+                    yield batch
+                    if self.work.workers != workers:
+                        break
+                else:
+                    return
+                continue
+            except MemoryError as error:
+                reason = f"no memory to load an image ({error})"
+            free()
+            self._pending.append(self._pull_lever(reason))
 
-    @contextlib.contextmanager
-    def _within_memory(self) -> Iterator[None]:
-        """Say in our own words that memory ran out, as each kind of device does in its own."""
+    def _surviving(self, attempt: Callable[[], T]) -> Generator[Event, None, T]:
+        """Return what an attempt gives; when memory runs out, pull a lever and try again from the same state."""
+        while True:
+            before = remember(self.job.model, self.scaler)
+            try:
+                return attempt()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = f"out of memory on {self.device}: {str(error).splitlines()[0]}" if str(error) else "no memory"
+            # Only here, behind the handler, is what the attempt held no longer held by its traceback.
+            self.scaler = go_back(before, self.job.model, self.optimizer, self.scaler)
+            yield self._pull_lever(reason)
+
+    def _stay_inside(self) -> Iterator[Event]:
+        """Pull a lever when the last step took more than it may, where no system enforces the limit."""
+        limit_gb = self.job.memory_limit_gb
+        if limit_gb is None or self.device.type != "cpu":
+            return
+        taken_gb = self.watch.peak_gb - self.job.foreign_gb + WORKER_GB * self.work.workers
+        if taken_gb > limit_gb:
+            self.optimizer.zero_grad(set_to_none=True)
+            yield self._pull_lever(f"{taken_gb:.1f} GB were taken, {limit_gb:.1f} GB are allowed")
+            free()
+            self.watch.forget()
+
+    def _pull_lever(self, reason: str) -> MemoryLever:
+        """Make the work smaller, or end the run where nothing is left."""
+        allowed = self.job.config.resources.levers == "auto"
+        smaller = pull_lever(self.work, ran_out=True) if allowed else None
+        if smaller is None:
+            raise self._give_up(reason)
+        self.work, pulled = smaller
+        self.settings = step_settings(self.work)
+        self.progress.levers[pulled.lever.partition(".")[2]] = pulled.after
+        switch_freed_memory(self.work.freed_memory)
+        return MemoryLever(pulled.lever, str(pulled.before), str(pulled.after), reason, pulled.changes_training)
+
+    def _give_up(self, reason: str) -> OutOfMemory:
+        free()
+        where = f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}"
         try:
-            yield
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and not any(
-                words in str(error) for words in OUT_OF_MEMORY
-            ):
-                raise
-            raise ResourceError(
-                f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}: out of memory on {self.device}; "
-                "set resources.object_chunk=1, choose --strategy frozen or a smaller model, or close what else uses "
-                "the device; then train again"
-            ) from error
+            if self._between_steps:
+                self._save("latest")
+            saved = f"the run is saved as it stood; with more memory: resfinetune resume {self.job.run.path}"
+        except (ResFinetuneError, MemoryError):
+            saved = "there was no memory left to save it; its last checkpoint stays"
+        left = "nothing is left to make the step smaller"
+        if self.job.config.resources.levers == "off":
+            left = "resources.levers is off, so nothing is switched on to save memory"
+        return OutOfMemory(f"{where}: {reason}; {left}; {saved}")
 
-    def _train_step(self, batch: Sequence[Patch]) -> Step:
+    def _train_step(self, batch: Sequence[Patch]) -> Iterator[Event]:
         started = time.monotonic()
         progress = self.progress
         self.job.model.train()
-        step = progress.epoch * self.steps_per_epoch + progress.step
-        # Dropout of adapters draws from torch's generators, on whatever device: the same numbers in the same step.
-        torch.manual_seed(int(np.random.SeedSequence([self.plan.seed, DROPOUT_STREAM, step]).generate_state(1)[0]))
-        plans = [self._training_prompts(patch, step) for patch in batch]
-        if self.plan.update == "alternating" and self.with_masks and self.with_instances:
-            masks = self._update(batch, plans, train_instances=False)
-            instances = self._update(batch, [None] * len(batch), train_instances=True)
-            losses = [replace(one, instance=other.instance) for one, other in zip(masks, instances, strict=True)]
-        else:
-            losses = self._update(batch, plans, train_instances=self.with_instances)
+        updates = [(self.with_masks, self.with_instances)]
+        if self.plan.update == "alternating" and all(updates[0]):
+            updates = [(True, False), (False, True)]
+        losses: list[Losses] = []
+        for number, parts in enumerate(updates):
+            self._between_steps = number == 0
+            found = yield from self._surviving(lambda number=number, parts=parts: self._update(batch, number, *parts))  # type: ignore[misc]
+            losses = (
+                [replace(one, instance=other.instance) for one, other in zip(losses, found, strict=True)]
+                if losses
+                else found
+            )
+        self._between_steps = True
         loss = _mean([sample.total for sample in losses])
+        reading = self.gauge.read()
         event = Step(
             epoch=progress.epoch,
             step=progress.step,
@@ -313,28 +311,32 @@ class Trainer:
             iou_loss=_mean_part(losses, "iou"),
             instance_loss=_mean_part(losses, "instance"),
             seconds=time.monotonic() - started,
-            memory_gb=self.gauge.read().now_gb,
+            memory_gb=reading.now_gb,
+            peak_memory_gb=reading.peak_gb,
         )
         progress.step += 1
         progress.loss_sum += loss
         progress.seconds = time.monotonic() - self._clock
-        return event
+        yield event
 
-    def _update(
-        self, batch: Sequence[Patch], plans: Sequence[PromptPlan | None], *, train_instances: bool
-    ) -> list[Losses]:
+    def _update(self, batch: Sequence[Patch], number: int, with_masks: bool, with_instances: bool) -> list[Losses]:
         """Take one optimizer step, unless the loss is no longer a number."""
+        step = self.progress.epoch * self.steps_per_epoch + self.progress.step
+        # Dropout of adapters draws from torch's generators, on whatever device: the same numbers in the same step.
+        stream = np.random.SeedSequence([self.plan.seed, DROPOUT_STREAM, step, number])
+        torch.manual_seed(int(stream.generate_state(1)[0]))
+        plans = [self._training_prompts(patch, step) if with_masks else None for patch in batch]
         self.optimizer.zero_grad(set_to_none=True)
         losses: list[Losses] = []
-        at_once = self.job.config.resources.micro_batch
+        at_once = self.work.micro_batch
         for first in range(0, len(batch), at_once):
             chosen = slice(first, first + at_once)
             losses += backward_samples(
                 self.job.model,
                 batch[chosen],
                 plans[chosen],
-                self.job.settings,
-                train_instances=train_instances,
+                self.settings,
+                train_instances=with_instances,
                 weight=1 / len(batch),
                 scaler=self.scaler,
                 features=self.features,
@@ -350,8 +352,7 @@ class Trainer:
 
     def _end_epoch(self) -> Iterator[Event]:
         progress = self.progress
-        with self._within_memory():
-            metric, mask, instance = self._validate()
+        metric, mask, instance = yield from self._surviving(self._validate)
         if not math.isfinite(metric):
             raise self._fail("the validation metric")
         progress.seconds = time.monotonic() - self._clock
@@ -370,6 +371,7 @@ class Trainer:
             learning_rate=self.optimizer.param_groups[0]["lr"],
             seconds=progress.seconds,
             peak_memory_gb=self.gauge.read().peak_gb,
+            memory_limit_gb=self.job.memory_limit_gb,
         )
         progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
         yield ended
@@ -388,7 +390,7 @@ class Trainer:
             patch = self.job.validation[index]
             rng = np.random.default_rng([self.plan.seed, VALIDATION_STREAM, index])
             prompts = (
-                plan_validation_prompts(patch.labels, rng, index=index, objects=self.job.objects)
+                plan_validation_prompts(patch.labels, rng, index=index, objects=self.job.work.objects)
                 if self.with_masks
                 else None
             )
@@ -397,7 +399,7 @@ class Trainer:
                     self.job.model,
                     patch,
                     prompts,
-                    self.job.settings,
+                    self.settings,
                     with_instances=self.with_instances,
                     features=self.features,
                 )
@@ -407,45 +409,24 @@ class Trainer:
             return (mask if mask is not None else instance) or 0.0, mask, instance
         return mask + INSTANCE_METRIC_WEIGHT * instance, mask, instance
 
-    def _training_prompts(self, patch: Patch, step: int) -> PromptPlan | None:
-        if not self.with_masks:
-            return None
+    def _training_prompts(self, patch: Patch, step: int) -> PromptPlan:
         return plan_training_prompts(
             patch.labels,
             np.random.default_rng([self.plan.seed, PROMPT_STREAM, patch.number]),
             step=step,
-            objects=self.job.objects,
+            objects=self.work.objects,
             sub_iterations=self.plan.sub_iterations,
             mask_prompt_probability=self.plan.mask_prompt_probability,
         )
 
     def _save(self, name: str) -> Checkpointed:
         folder = self.job.run.path / "checkpoints" / name
+        self._saved = time.monotonic()
         if name == "best":
             save_checkpoint(folder, self.job.model, self.progress)
         else:
             save_checkpoint(folder, self.job.model, self.progress, self.optimizer, self.scheduler, self.scaler)
         return Checkpointed(str(folder), name, self.progress.epoch)
-
-
-def _leave_interrupts_to_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class _Batches:
-    """Indices of the patches of every step from where a run stands to its last epoch."""
-
-    def __init__(self, progress: Progress, plan: TrainingConfig, steps_per_epoch: int) -> None:
-        self.first = (progress.epoch, progress.step)
-        self.plan = plan
-        self.steps_per_epoch = steps_per_epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        samples, size = self.plan.samples_per_epoch, self.plan.batch_size
-        epoch, step = self.first
-        for e in range(epoch, self.plan.epochs):
-            for s in range(step if e == epoch else 0, self.steps_per_epoch):
-                yield [e * samples + i for i in range(s * size, min((s + 1) * size, samples))]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +27,28 @@ from napari_resfinetune.models import (
     known_model,
     load_model,
     measure_batch_norm,
-    resolve_model,
     to_model_input,
 )
 from napari_resfinetune.planning import (
     Hardware,
+    Limits,
     PrecisionChoice,
+    Work,
     auto_preset,
+    choose_limits,
     choose_precision,
     get_preset,
     pick_device,
 )
-from napari_resfinetune.training.loop import TrainingJob
+from napari_resfinetune.training.job import TrainingJob
 from napari_resfinetune.training.run_folder import RunFolder
-from napari_resfinetune.training.step import StepSettings, frozen_units
+from napari_resfinetune.training.step import frozen_units, step_settings
 
-DEFAULT_OBJECTS = 10
 PATCHES_TO_MEASURE = 16
 COMPILERS = ("g++", "clang++", "cl")
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Strategies whose frozen blocks are worth keeping. LoRA leaves the first blocks of vit_t alone, but they are cheap, and
+# new patches are worth more.
+WITH_FEATURES = ("frozen", "late", "late_lora")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Setup:
     device: str
     precision: PrecisionChoice
     workers: int
+    limits: Limits
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,6 +79,8 @@ class Setup:
             "precision": self.precision.name,
             "precision_reason": self.precision.reason,
             "workers": self.workers,
+            "threads": self.limits.threads,
+            "limit_reason": self.limits.reason,
             "notes": list(self.notes),
         }
 
@@ -177,13 +183,17 @@ def choose_setup(config: FinetuneConfig, hardware: Hardware) -> Setup:
             f"resources.compile: no C++ compiler found (looked for {', '.join(COMPILERS)}); install one, or leave "
             "compile off"
         )
-    precision = choose_precision(config.resources.precision, device, hardware)
-    preset = config.resources.preset
+    named = config.resources.preset
+    preset = get_preset(auto_preset(hardware, device) if named == "auto" else named)
+    kind = device.partition(":")[0]
+    if preset.device != kind:
+        notes = (*notes, f"preset {preset.name} is for {preset.device}, and this runs on {kind}: its RAM limit counts")
     return Setup(
-        preset=auto_preset(hardware, device) if preset == "auto" else preset,
+        preset=preset.name,
         device=device,
-        precision=precision,
+        precision=choose_precision(config.resources.precision, device, hardware),
         workers=_workers(config, device),
+        limits=choose_limits(config.resources, preset, hardware, device),
         notes=tuple(notes),
     )
 
@@ -196,16 +206,68 @@ def settle(config: FinetuneConfig, setup: Setup, model: ModelLocation) -> Finetu
     if config.resources.feature_cache_dir is not None:
         folder = {"feature_cache_dir": config.resources.feature_cache_dir.absolute()}
         config = config.model_copy(update={"resources": config.resources.model_copy(update=folder)})
+    return with_objects(config, setup.preset, model.architecture)
+
+
+def with_objects(config: FinetuneConfig, preset: str, architecture: str) -> FinetuneConfig:
+    """Fill in how many objects per patch a preset trains, unless that is set."""
     if config.training.objects is not None:
         return config
-    objects = get_preset(setup.preset).objects.get(model.architecture, DEFAULT_OBJECTS)
-    return config.model_copy(update={"training": config.training.model_copy(update={"objects": objects})})
+    training = config.training.model_copy(update={"objects": objects_of(preset, architecture)})
+    return config.model_copy(update={"training": training})
+
+
+def objects_of(preset: str, architecture: str) -> int:
+    """Return how many objects per patch a preset trains; large models get those of ``vit_b``."""
+    objects = get_preset(preset).objects
+    return objects.get(architecture, objects["vit_b"])
+
+
+def work_of(config: FinetuneConfig, architecture: str, device: str, precision: str, workers: int) -> Work:
+    """Return what a step's memory and time depend on, of a settled configuration."""
+    data, training, resources = config.data, config.training, config.resources
+    return Work(
+        architecture=architecture,
+        strategy=config.strategy,
+        targets=training.targets,
+        device=device.partition(":")[0],  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]
+        patch_px=data.patch_px,
+        input_px=training.input_px,
+        positions=training.positions,
+        update=training.update,
+        objects=training.objects or objects_of("cpu-16gb", architecture),
+        sub_iterations=training.sub_iterations,
+        batch_size=training.batch_size,
+        micro_batch=min(resources.micro_batch, training.batch_size),
+        object_chunk=resources.object_chunk,
+        checkpoint_encoder=resources.checkpoint_encoder,
+        checkpoint_instance_decoder=resources.checkpoint_instance_decoder,
+        freed_memory=resources.freed_memory,
+        compile=resources.compile,
+        keep_features=resources.feature_cache == "auto" and config.strategy.kind in WITH_FEATURES,
+        workers=workers,
+    )
 
 
 def make_job(
-    config: FinetuneConfig, run: RunFolder, data: OpenedData, setup: Setup
+    config: FinetuneConfig,
+    run: RunFolder,
+    data: OpenedData,
+    setup: Setup,
+    location: ModelLocation,
+    foreign_gb: float = 0.0,
 ) -> tuple[TrainingJob, TrainableReport]:
     """Load the model and put a job together.
+
+    Parameters
+    ----------
+    config
+        Settled, with the levers of the plan in it.
+    run, data, setup, location
+        Where results go, what is learned from, on what, and the model's files.
+    foreign_gb
+        What of this process's RAM belongs to others than training.
 
     Returns
     -------
@@ -219,14 +281,11 @@ def make_job(
     ModelError
         When the model cannot be loaded.
     """
-    if config.resources.threads is not None:
-        torch.set_num_threads(config.resources.threads)
     if setup.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high" if setup.precision.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = setup.precision.tf32
     targets = config.training.targets
     torch.manual_seed(config.training.seed)
-    location = resolve_model(config.model)
     model = load_model(
         location, decoder="none" if targets == "masks" else "new", device=setup.device, seed=config.training.seed
     )
@@ -251,22 +310,11 @@ def make_job(
             model.sam.image_encoder, (to_model_input(patch, config.training.input_px)[0] for patch in patches)
         )
     report = apply_strategy(model, config.strategy, targets)
-    settings = StepSettings(
-        autocast=DTYPES[setup.precision.name],
-        object_chunk=config.resources.object_chunk,
-        checkpoint_encoder=config.resources.checkpoint_encoder,
-        checkpoint_instance_decoder=config.resources.checkpoint_instance_decoder,
-        compile=config.resources.compile,
-        input_px=config.training.input_px,
-        positions=config.training.positions,
-    )
-    # LoRA leaves the first blocks of vit_t alone, but they are cheap, and new patches are worth more.
-    keep_features = (
-        config.resources.feature_cache == "auto"
-        and config.strategy.kind in ("frozen", "late", "late_lora")
-        and any(unit.is_block for unit in frozen_units(model, settings))
-    )
-    if keep_features and config.training.patch_bank is None:
+    workers = setup.workers if config.resources.workers is None else config.resources.workers
+    work = work_of(config, model.architecture, setup.device, setup.precision.name, workers)
+    if work.keep_features and not any(unit.is_block for unit in frozen_units(model, step_settings(work))):
+        work = replace(work, keep_features=False)
+    if work.keep_features and config.training.patch_bank is None:
         bank = {"patch_bank": config.training.samples_per_epoch}
         config = config.model_copy(update={"training": config.training.model_copy(update=bank)})
     job = TrainingJob(
@@ -275,12 +323,11 @@ def make_job(
         model,
         draw(bank=config.training.patch_bank),
         validation,
-        settings,
-        objects=config.training.objects or DEFAULT_OBJECTS,
+        work,
         use_scaler=setup.precision.scaler,
-        workers=setup.workers,
-        keep_features=keep_features,
         base_is_lasting=location.path is not None and config.training.batch_norm == "keep",
+        memory_limit_gb=setup.limits.deciding_gb(setup.device),
+        foreign_gb=foreign_gb,
     )
     return job, report
 

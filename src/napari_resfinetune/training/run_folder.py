@@ -24,6 +24,7 @@ METRICS = (
     "learning_rate",
     "seconds",
     "peak_memory_gb",
+    "memory_limit_gb",
 )
 
 

@@ -24,9 +24,12 @@ from napari_resfinetune.models.encoder import Unit, compiled, encoder_units, fir
 from napari_resfinetune.models.instance_decoder import run_instance_decoder
 from napari_resfinetune.models.mask_decoder import embed_prompts, predict_masks
 from napari_resfinetune.models.preprocess import resized_shape, scale_boxes, scale_coords, to_model_input
+from napari_resfinetune.planning.levers import Work
 from napari_resfinetune.training.feature_cache import FeatureCache
 from napari_resfinetune.training.losses import instance_loss, low_res_mask_loss, upsample_masks
 from napari_resfinetune.training.prompts import PromptPlan, Prompts, next_points
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,19 @@ class StepSettings:
     compile: bool = False
     input_px: int = 1024
     positions: Positions = "part"
+
+
+def step_settings(work: Work) -> StepSettings:
+    """Return how a step of this work is computed."""
+    return StepSettings(
+        autocast=DTYPES[work.precision],
+        object_chunk=work.object_chunk,
+        checkpoint_encoder=work.checkpoint_encoder,
+        checkpoint_instance_decoder=work.checkpoint_instance_decoder,
+        compile=work.compile,
+        input_px=work.input_px,
+        positions=work.positions,
+    )
 
 
 @dataclass(frozen=True)
@@ -171,7 +187,7 @@ def instance_part(
 ) -> Tensor:
     """Return the loss of foreground and distance maps: dice errors of the three."""
     original_size = (patch.image.shape[-2], patch.image.shape[-1])
-    with _autocast(embedding.device, settings):
+    with autocast(embedding.device, settings):
         checkpointed = settings.checkpoint_instance_decoder and torch.is_grad_enabled()
         # Checkpointed stages leave the statistics of batch norms alone, which torch.compile cannot follow.
         run = run_instance_decoder if checkpointed else _run(run_instance_decoder, settings)
@@ -202,8 +218,8 @@ def mask_part(
         prompts, draws = plan.first.rows(chosen).to(embedding.device), plan.draws[:, chosen].to(embedding.device)
         mask_prompt = None
         for round_index in range(rounds):
-            with _autocast(embedding.device, settings):
-                low_res, iou_prediction = _predict(
+            with autocast(embedding.device, settings):
+                low_res, iou_prediction = predict_round(
                     model, embedding, prompts, mask_prompt, size, plan.multimask and round_index == 0, settings
                 )
             loss = low_res_mask_loss(low_res, masks, iou_prediction, input_size=input_size, input_px=settings.input_px)
@@ -218,7 +234,7 @@ def mask_part(
                 mask_prompt = best if plan.mask_prompts[round_index] else None
 
 
-def _predict(
+def predict_round(
     model: SamModel,
     embedding: Tensor,
     prompts: Prompts,
@@ -255,11 +271,12 @@ def _predict(
 
 def frozen_units(model: SamModel, settings: StepSettings) -> list[Unit]:
     """Return the units of the image encoder below the first that learns."""
-    units = _units(model, settings)
+    units = encoder_units_of(model, settings)
     return units[: first_that_learns(units)]
 
 
-def _units(model: SamModel, settings: StepSettings) -> list[Unit]:
+def encoder_units_of(model: SamModel, settings: StepSettings) -> list[Unit]:
+    """Take the image encoder apart as the settings ask."""
     return encoder_units(
         model.sam.image_encoder,
         folded=settings.folded_attention,
@@ -273,8 +290,8 @@ def _encode(
 ) -> tuple[Tensor, tuple[int, int]]:
     """Return the embedding "BCYX" of patches of one size, and height and width of each in the model's input, in px."""
     device = next(model.parameters()).device
-    units = _units(model, settings)
-    with _autocast(device, settings):
+    units = encoder_units_of(model, settings)
+    with autocast(device, settings):
         if features is None:
             # One by one: stacked on the CPU they would leave the pinned memory that a copy in the background needs.
             pixels = torch.stack([patch.image.to(device, non_blocking=True) for patch in patches])
@@ -293,7 +310,7 @@ def frozen_tokens(model: SamModel, patch: Patch, settings: StepSettings, feature
     device = next(model.parameters()).device
 
     def compute() -> Tensor:
-        with _autocast(device, settings):
+        with autocast(device, settings):
             images, _ = to_model_input(patch.image[None].to(device, non_blocking=True), settings.input_px)
             return run_units(frozen_units(model, settings), images)
 
@@ -304,7 +321,8 @@ def _run(function: Callable[..., Any], settings: StepSettings) -> Callable[..., 
     return compiled(function) if settings.compile else function
 
 
-def _autocast(device: torch.device, settings: StepSettings) -> AbstractContextManager[object]:
+def autocast(device: torch.device, settings: StepSettings) -> AbstractContextManager[object]:
+    """Let activations have the number format of the settings."""
     if settings.autocast is None:
         return nullcontext()
     return torch.autocast(device.type, settings.autocast)

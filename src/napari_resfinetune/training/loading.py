@@ -1,0 +1,61 @@
+"""Patches in the order of training, from where a run stands."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader
+
+from napari_resfinetune.config import TrainingConfig
+from napari_resfinetune.data.patches import Patch, TrainingPatches
+from napari_resfinetune.training.checkpoints import Progress
+
+
+def load_batches(
+    patches: TrainingPatches, progress: Progress, plan: TrainingConfig, workers: int, *, pinned: bool
+) -> DataLoader[Patch]:
+    """Return a loader of the lists of patches of every step from where a run stands to its last epoch.
+
+    Parameters
+    ----------
+    patches
+        All there are.
+    progress
+        Where the run stands now.
+    plan
+        Epochs, samples and batch size.
+    workers
+        Processes that load; 0 loads in this one.
+    pinned
+        Put patches into memory that a card can copy from in the background.
+    """
+    return DataLoader(
+        patches,
+        batch_sampler=_Batches(progress, plan),
+        num_workers=workers,
+        collate_fn=list,
+        pin_memory=pinned,
+        worker_init_fn=_leave_interrupts_to_parent,
+    )
+
+
+def _leave_interrupts_to_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Batches:
+    """Indices of the patches of every step from where a run stands to its last epoch."""
+
+    def __init__(self, progress: Progress, plan: TrainingConfig) -> None:
+        self.first = (progress.epoch, progress.step)
+        self.plan = plan
+        self.steps_per_epoch = math.ceil(plan.samples_per_epoch / plan.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        samples, size = self.plan.samples_per_epoch, self.plan.batch_size
+        epoch, step = self.first
+        for e in range(epoch, self.plan.epochs):
+            for s in range(step if e == epoch else 0, self.steps_per_epoch):
+                yield [e * samples + i for i in range(s * size, min((s + 1) * size, samples))]
