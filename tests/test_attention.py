@@ -155,3 +155,17 @@ def test_frozen_encoder_has_no_graph() -> None:
 def test_other_encoders_are_one_unit() -> None:
     encoder, x = nn.Conv2d(3, 4, 1), torch.randn(1, 3, 8, 8)
     torch.testing.assert_close(encode(encoder, x), encoder(x))
+
+
+def test_gradients_of_looked_up_positions_are_the_same_bits_every_time():
+    encoder = TinyViTEncoder(img_size=224)
+    attention = next(
+        m for m in encoder.modules() if hasattr(m, "attention_biases") and m.attention_bias_idxs.numel() > 32768
+    )
+    weights = torch.randn(attention.attention_biases.shape[0], *attention.attention_bias_idxs.shape)
+    seen = []
+    for _ in range(8):
+        attention.attention_biases.grad = None
+        (attention.get_attention_biases(torch.device("cpu")) * weights).sum().backward()
+        seen.append(attention.attention_biases.grad.clone())
+    assert all(torch.equal(gradient, seen[0]) for gradient in seen)

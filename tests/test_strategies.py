@@ -15,7 +15,7 @@ from segment_anything.modeling import ImageEncoderViT
 
 from napari_resfinetune import models
 from napari_resfinetune.config import FinetuneConfig
-from napari_resfinetune.errors import ModelError, ResFinetuneError, ResourceError
+from napari_resfinetune.errors import ConfigError, ModelError, ResFinetuneError, ResourceError
 from napari_resfinetune.models.build import SamModel, assemble_sam, load_model, new_instance_decoder
 from napari_resfinetune.models.encoder import encode
 from napari_resfinetune.models.lora import SplitProjection, has_lora, merge_lora
@@ -167,9 +167,9 @@ def test_a_saved_model_has_its_adapters_merged_and_keeps_them_itself(architectur
 
 
 def test_too_many_blocks_are_told():
-    with pytest.raises(ModelError, match="has 3; choose fewer"):
+    with pytest.raises(ConfigError, match="has 3; choose fewer"):
         models.apply_strategy(small_model("vit_b"), strategy("late", blocks=4), "both")
-    with pytest.raises(ModelError, match="has 12"):
+    with pytest.raises(ConfigError, match="has 12"):
         models.apply_strategy(small_model("vit_t"), strategy("late_lora", blocks=13), "both")
 
 

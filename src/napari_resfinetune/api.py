@@ -97,6 +97,7 @@ def resume(
     on_event: OnEvent | None = None,
     stop: StopToken | None = None,
     epochs: int | None = None,
+    resources: Mapping[str, Any] | None = None,
     isolate: bool = False,
     enforce_limits: bool = False,
 ) -> TrainResult:
@@ -112,6 +113,9 @@ def resume(
         As for `train`.
     epochs
         A new number of epochs.
+    resources
+        Changes to that section of the configuration, as ``{"memory_gb": 12}``. What an earlier session had to switch on
+        when its memory ran out is then no longer kept.
     isolate, enforce_limits
         As for `train`.
 
@@ -124,9 +128,21 @@ def resume(
 
     _, config = open_run(Path(run_dir))
     config = config.model_copy(update={"output": Path(run_dir)})
+    changes: dict[str, Any] = {"resources": resources or {}}
     if epochs is not None:
-        config = make_config(merge(config.model_dump(mode="json"), {"training": {"epochs": epochs}}), "resume")
-    return _train(config, images, labels, on_event, stop, resume=True, isolate=isolate, enforce=enforce_limits)
+        changes["training"] = {"epochs": epochs}
+    config = make_config(merge(config.model_dump(mode="json"), changes), "resume")
+    return _train(
+        config,
+        images,
+        labels,
+        on_event,
+        stop,
+        resume=True,
+        isolate=isolate,
+        enforce=enforce_limits,
+        keep_levers=not resources,
+    )
 
 
 def plan(images: Any = None, labels: Any = None, **settings: Any) -> Plan:
@@ -385,14 +401,16 @@ def _train(
     resume: bool,
     isolate: bool,
     enforce: bool,
+    keep_levers: bool = True,
 ) -> TrainResult:
+    how: dict[str, Any] = {"on_event": on_event, "stop": stop, "resume": resume, "keep_levers": keep_levers}
     if isolate:
         from napari_resfinetune.training.child import train_in_child
 
-        return train_in_child(config, images, labels, on_event=on_event, stop=stop, resume=resume)
+        return train_in_child(config, images, labels, **how)
     from napari_resfinetune.training.session import run_training
 
-    return run_training(config, images, labels, on_event=on_event, stop=stop, resume=resume, enforce=enforce)
+    return run_training(config, images, labels, enforce=enforce, **how)
 
 
 def _loaded(model: str | Path | SamModel, modes: Sequence[str], device: str) -> SamModel:

@@ -172,12 +172,28 @@ def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
     epochs: Annotated[int | None, typer.Option(help="A new number of epochs.")] = None,
     isolate: Isolate = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of resources, as in --set resources.memory_gb=12."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a run exactly where it stopped."""
     with plain_errors():
+        changes = parse_overrides(set_ or [])
+        others = sorted(set(changes) - {"resources"})
+        if others:
+            raise ConfigError(f"--set {others[0]}: a run keeps it; only resources (and --epochs) may change on resume")
         with stop_on_interrupt() as stop, TrainingProgress() as progress:
-            result = api.resume(run, epochs=epochs, on_event=progress, stop=stop, isolate=isolate, enforce_limits=True)
+            result = api.resume(
+                run,
+                epochs=epochs,
+                resources=changes.get("resources"),
+                on_event=progress,
+                stop=stop,
+                isolate=isolate,
+                enforce_limits=True,
+            )
         _end(result, as_json)
 
 

@@ -13,7 +13,7 @@ from napari_resfinetune.config import (
     Strategy,
 )
 from napari_resfinetune.config.schema import Targets
-from napari_resfinetune.errors import ModelError
+from napari_resfinetune.errors import ConfigError, ModelError
 from napari_resfinetune.models.build import Lora, SamModel, parts
 from napari_resfinetune.models.encoder import encoder_units
 from napari_resfinetune.models.lora import add_lora
@@ -65,8 +65,10 @@ def apply_strategy(model: SamModel, strategy: Strategy, targets: Targets) -> Tra
 
     Raises
     ------
+    ConfigError
+        When there are not so many blocks.
     ModelError
-        When `targets` need an instance decoder and the model has none, or there are not so many blocks.
+        When `targets` need an instance decoder and the model has none.
     ResourceError
         When LoRA shall have 4-bit weights where they cannot be had.
     """
@@ -93,7 +95,7 @@ def _let_encoder_learn(model: SamModel, strategy: Strategy) -> None:
     blocks = [i for i, unit in enumerate(units) if unit.is_block]
     if isinstance(strategy, LateStrategy | LateLoraStrategy):
         if strategy.blocks > len(blocks):
-            raise ModelError(
+            raise ConfigError(
                 f"strategy.blocks: {strategy.blocks} blocks shall learn, but the image encoder of {model.architecture} "
                 f"has {len(blocks)}; choose fewer, or strategy full or lora"
             )

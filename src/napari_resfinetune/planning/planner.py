@@ -147,10 +147,11 @@ class Plan:
         why = f" ({limit_reason})" if limit_reason else ""
         verdict = "" if self.fits else "; that may be too much"
         basis = "corrected by earlier runs here" if self.measured else "no earlier run here to compare with"
+        digits = 1 if self.limit_gb > 3 else 2
+        memory = f"{self.peak_gb:.{digits}f} of {self.limit_gb:.{digits}f} GB{why}"
         return (
-            f"plan: about {self.peak_gb:.1f} of {self.limit_gb:.1f} GB{why}, {duration(self.seconds_per_step)} a step, "
-            f"{duration(self.seconds_per_epoch)} an epoch, at most {duration(self.seconds_at_most)} in all, "
-            f"{self.disk_gb:.1f} GB on disk; {basis}{verdict}"
+            f"plan: about {memory}, {duration(self.seconds_per_step)} a step, {duration(self.seconds_per_epoch)} an "
+            f"epoch, {duration(self.seconds_at_most)} for all epochs, {self.disk_gb:.1f} GB on disk; {basis}{verdict}"
         )
 
     def to_dict(self) -> dict[str, Any]:

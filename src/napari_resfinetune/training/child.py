@@ -39,12 +39,13 @@ def train_in_child(
     on_event: OnEvent | None = None,
     stop: StopToken | None = None,
     resume: bool = False,
+    keep_levers: bool = True,
 ) -> TrainResult:
     """Train in a process of its own, which keeps the limits and gives all memory back when it ends.
 
     Parameters
     ----------
-    config, images, labels, on_event, stop, resume
+    config, images, labels, on_event, stop, resume, keep_levers
         As for `session.run_training`; `on_event` is called in this process and thread.
 
     Raises
@@ -59,6 +60,7 @@ def train_in_child(
             "images": _write_arrays(images, Path(folder), "images"),
             "labels": _write_arrays(labels, Path(folder), "labels"),
             "resume": resume,
+            "keep_levers": keep_levers,
         }
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "napari_resfinetune.training.child"],
@@ -153,7 +155,7 @@ def _killed(status: int | None, run_dir: Path, resumable: bool) -> str:
         name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
         what = f"was killed ({name})"
         if -status == getattr(signal, "SIGKILL", None):
-            what += ", as the system does when memory runs out"
+            what += ", by somebody or by the system, which does so when memory runs out"
     again = f"its last checkpoint is whole; go on with: resfinetune resume {run_dir}"
     if not resumable:
         again = f"there is no checkpoint yet; begin again with: resfinetune resume {run_dir}"
@@ -230,6 +232,7 @@ def main() -> None:
             on_event=lambda event: say(event.to_dict()),
             stop=stop,
             resume=request["resume"],
+            keep_levers=request["keep_levers"],
             enforce=True,
         )
         say({"result": result.to_dict()})

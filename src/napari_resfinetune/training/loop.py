@@ -69,9 +69,11 @@ class Trainer:
         What to work on.
     resume
         Continue from ``checkpoints/latest`` when there is one.
+    keep_levers
+        Leave what an earlier session had to switch on when its memory ran out.
     """
 
-    def __init__(self, job: TrainingJob, *, resume: bool = False) -> None:
+    def __init__(self, job: TrainingJob, *, resume: bool = False, keep_levers: bool = True) -> None:
         self.job = job
         self.device = next(job.model.parameters()).device
         self.work = job.work
@@ -93,6 +95,8 @@ class Trainer:
         if latest is not None:
             load_weights(latest, job.model)
             self.progress = load_training(latest, self.optimizer, self.scheduler, self.scaler)
+            if not keep_levers:
+                self.progress.levers.clear()
             self.work = at_most(self.work, self.progress.levers)
         self.settings = step_settings(self.work)
         self._notes: list[str] = []
@@ -241,7 +245,9 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = f"out of memory on {self.device}: {str(error).splitlines()[0]}" if str(error) else "no memory"
+                # What the CPU's allocator says is about its own source code.
+                said = "" if "alloc_cpu" in str(error) else str(error).partition("\n")[0]
+                reason = f"out of memory on {self.device}{f': {said}' if said else ''}"
             # Only here, behind the handler, is what the attempt held no longer held by its traceback.
             self.scaler = go_back(before, self.job.model, self.optimizer, self.scaler)
             yield self._pull_lever(reason)
@@ -276,7 +282,10 @@ class Trainer:
         try:
             if self._between_steps:
                 self._save("latest")
-            saved = f"the run is saved as it stood; with more memory: resfinetune resume {self.job.run.path}"
+            saved = (
+                "the run is saved as it stood; with more memory: "
+                f"resfinetune resume {self.job.run.path} --set resources.memory_gb=N"
+            )
         except (ResFinetuneError, MemoryError):
             saved = "there was no memory left to save it; its last checkpoint stays"
         left = "nothing is left to make the step smaller"

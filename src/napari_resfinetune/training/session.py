@@ -56,6 +56,7 @@ def run_training(
     on_event: OnEvent | None = None,
     stop: StopToken | None = None,
     resume: bool = False,
+    keep_levers: bool = True,
     enforce: bool = False,
 ) -> TrainResult:
     """Train, from the first check to ``model.pt``.
@@ -70,6 +71,8 @@ def run_training(
         Told what happens; asked whether to stop.
     resume
         Continue the run in the output folder.
+    keep_levers
+        As for `Trainer`.
     enforce
         The process is training's own: let the system keep the limits.
 
@@ -105,7 +108,7 @@ def run_training(
                 run.write_json("split.json", data.split.to_dict(data.pairs))
             opening = _opening(data, setup, plan, learning)
             learn = _Calibration(job, plan, hardware, setup) if enforce else None
-            return _run(job, opening, learn, on_event, stop, resume=resume)
+            return _run(job, opening, learn, on_event, stop, resume=resume, keep_levers=keep_levers)
     except OutOfMemory as error:
         problems = error.problems
     except (RuntimeError, MemoryError) as error:
@@ -124,9 +127,10 @@ def _run(
     stop: StopToken | None,
     *,
     resume: bool,
+    keep_levers: bool,
 ) -> TrainResult:
     run = job.run
-    trainer = Trainer(job, resume=resume)
+    trainer = Trainer(job, resume=resume, keep_levers=keep_levers)
     log = RunLog(run, first_epoch=trainer.progress.epoch)
     finished = None
 
