@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from napari_resfinetune.config import FinetuneConfig, as_config, make_config, merge, not_given
 from napari_resfinetune.errors import ConfigError
-from napari_resfinetune.events import Event, StopToken
+from napari_resfinetune.events import OnEvent, StopToken
 from napari_resfinetune.training.result import TrainResult
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from napari_resfinetune.evaluation import Evaluation
     from napari_resfinetune.models import SamModel
     from napari_resfinetune.planning import Plan
-
-OnEvent = Callable[[Event], None]
 
 
 def train(

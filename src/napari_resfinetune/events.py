@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -123,6 +123,9 @@ class Failed(Event):
 
     error: str
     resumable: bool
+
+
+OnEvent = Callable[[Event], None]
 
 
 def event_from_dict(values: Mapping[str, Any]) -> Event:

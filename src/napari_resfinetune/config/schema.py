@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -197,6 +198,11 @@ class TrainingConfig(_Frozen):
     save_minutes: PositiveFloat = Field(
         10, description="within an epoch, also save the checkpoint to resume from every so many minutes"
     )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch; the last may have fewer patches."""
+        return math.ceil(self.samples_per_epoch / self.batch_size)
 
 
 class ResourcesConfig(_Frozen):

@@ -82,7 +82,7 @@ def learn_from_run(
             # Of a card only tensors are measured, which is not what is predicted.
             if work.device != "cpu" or rest_gb < _TELLING_GB:
                 continue
-            now = before * own_memory_gb(measured, work) / rest_gb if rest_gb > 0 else before
+            now = before * own_memory_gb(measured, work) / rest_gb
         else:
             now = before * measured / predicted
         factor = (1 - _WEIGHT) * before + _WEIGHT * now

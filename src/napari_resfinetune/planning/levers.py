@@ -1,13 +1,13 @@
 """What a step's memory and time depend on, and the levers that make it smaller, cheapest first.
 
 The planner pulls them before a run, until its prediction fits; the trainer pulls them while it runs, when memory ran
-out all the same. Both go through the same list in the same order.
+out all the same. Both go through the same list; the trainer returns freed memory before anything else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from napari_resfinetune.config import FinetuneConfig, FullStrategy, Strategy
@@ -87,13 +87,7 @@ class Pulled:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
-        return {
-            "lever": self.lever,
-            "before": self.before,
-            "after": self.after,
-            "effect": self.effect,
-            "changes_training": self.changes_training,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True)

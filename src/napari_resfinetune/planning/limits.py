@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 _STATUS = Path("/proc/self/status")
 # Libraries that are loaded after the cap is set.
 _LATER_GB = 0.2
-WORKER_RESERVE_GB = 0.4
+# What a loader process takes.
+WORKER_GB = 0.4
 # Share of the limit that a heap may fill again of what it gave back.
 _REFILLED = 0.05
 # Limits in force, the innermost last.
@@ -56,8 +57,9 @@ class Limits:
 
     def deciding_gb(self, device: str) -> float:
         """Return the limit of the memory that decides on a device."""
-        on_card = device.partition(":")[0] == "cuda" and self.gpu_memory_gb is not None
-        return self.gpu_memory_gb if on_card and self.gpu_memory_gb is not None else self.memory_gb
+        if device.startswith("cuda") and self.gpu_memory_gb is not None:
+            return self.gpu_memory_gb
+        return self.memory_gb
 
 
 def choose_limits(resources: ResourcesConfig, preset: Preset, hardware: Hardware, device: str) -> Limits:
@@ -118,7 +120,7 @@ def within_limits(
             with contextlib.suppress(psutil.Error, OSError):
                 _give_way(limits.nice)
         # A card's driver maps memory in ways of its own.
-        own_gb = limits.memory_gb - WORKER_RESERVE_GB * workers
+        own_gb = limits.memory_gb - WORKER_GB * workers
         with _capped(own_gb) if enforce and device == "cpu" else contextlib.nullcontext():
             yield
     finally:

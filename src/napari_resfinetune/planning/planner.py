@@ -14,12 +14,11 @@ from typing import Any, Literal
 from napari_resfinetune.config import FrozenStrategy
 from napari_resfinetune.models.names import ARCHITECTURES
 from napari_resfinetune.planning.levers import Pulled, Work, pull_lever
-from napari_resfinetune.planning.limits import WORKER_RESERVE_GB
+from napari_resfinetune.planning.limits import WORKER_GB
 
 # GB that a process takes before its first tensor: Python, torch, micro-sam; on a card also the driver's context.
 LIBRARIES_GB = {"cpu": 1.0, "cuda": 3.0, "mps": 1.0}
 CONTEXT_GB = 0.6
-WORKER_GB = WORKER_RESERVE_GB
 # What kernels need beside tensors and what an allocator cannot use again, in GB; see docs/memory.md.
 WORKSPACE_GB = 0.25
 # The same for an input of 1024 px, with whose area it grows: of the image encoder, and of each decoder that learns.
@@ -196,12 +195,13 @@ def make_plan(
         Without it, the work is planned as it is.
     """
     pulled: list[Pulled] = []
-    best, best_work = _breakdown(work, cost_of(work), rates_of(work)), work
-    while pull_levers and sum(best.values()) > AIM * limit_gb and (next_lever := pull_lever(best_work)) is not None:
-        best_work, lever = next_lever
+    while True:
+        plan = _plan(work, limit_gb, length, cost_of(work), rates_of(work), tuple(_joined(pulled)))
+        smaller = pull_lever(work) if pull_levers and plan.peak_gb > AIM * limit_gb else None
+        if smaller is None:
+            return plan
+        work, lever = smaller
         pulled.append(lever)
-        best = _breakdown(best_work, cost_of(best_work), rates_of(best_work))
-    return _plan(best_work, limit_gb, length, cost_of(best_work), rates_of(best_work), tuple(_joined(pulled)))
 
 
 def duration(seconds: float) -> str:

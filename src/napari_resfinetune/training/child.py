@@ -15,17 +15,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from napari_resfinetune import errors
 from napari_resfinetune.config import FinetuneConfig, make_config
 from napari_resfinetune.errors import DataError, ResFinetuneError, ResourceError, TrainingError
-from napari_resfinetune.events import Event, Failed, StopToken, event_from_dict
+from napari_resfinetune.events import Event, Failed, OnEvent, StopToken, event_from_dict
 from napari_resfinetune.training.result import TrainResult
 
-OnEvent = Callable[[Event], None]
 STOP = "stop"
 LOOK_SECONDS = 0.1
 END_SECONDS = 60.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Iterator
 
@@ -51,11 +50,10 @@ class _Batches:
     def __init__(self, progress: Progress, plan: TrainingConfig) -> None:
         self.first = (progress.epoch, progress.step)
         self.plan = plan
-        self.steps_per_epoch = math.ceil(plan.samples_per_epoch / plan.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         samples, size = self.plan.samples_per_epoch, self.plan.batch_size
         epoch, step = self.first
         for e in range(epoch, self.plan.epochs):
-            for s in range(step if e == epoch else 0, self.steps_per_epoch):
+            for s in range(step if e == epoch else 0, self.plan.steps_per_epoch):
                 yield [e * samples + i for i in range(s * size, min((s + 1) * size, samples))]

@@ -34,8 +34,8 @@ from napari_resfinetune.events import (
 from napari_resfinetune.models import save_adapter, save_model
 from napari_resfinetune.planning.allocator import switch_freed_memory
 from napari_resfinetune.planning.levers import at_most, pull_lever
+from napari_resfinetune.planning.limits import WORKER_GB
 from napari_resfinetune.planning.memory import MemoryGauge, MemoryWatch
-from napari_resfinetune.planning.planner import WORKER_GB
 from napari_resfinetune.training.checkpoints import (
     Progress,
     find_checkpoint,
@@ -80,7 +80,7 @@ class Trainer:
         self.gauge = MemoryGauge(str(self.device), job.memory_limit_gb)
         self.watch = MemoryWatch()
         self.plan: TrainingConfig = job.config.training
-        self.steps_per_epoch = math.ceil(self.plan.samples_per_epoch / self.plan.batch_size)
+        self.steps_per_epoch = self.plan.steps_per_epoch
         self.with_masks = self.plan.targets in ("both", "masks")
         self.with_instances = self.plan.targets in ("both", "instances")
         parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]

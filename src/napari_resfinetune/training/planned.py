@@ -45,9 +45,8 @@ def architecture_of(model: str) -> str:
 def length_of(config: FinetuneConfig, held_out: int) -> Length:
     """Return how often steps and validations of a run with so many held-out regions happen."""
     training = config.training
-    steps = math.ceil(training.samples_per_epoch / training.batch_size)
     kept = training.patch_bank or training.samples_per_epoch
-    return Length(training.epochs, steps, held_out, kept + held_out)
+    return Length(training.epochs, training.steps_per_epoch, held_out, kept + held_out)
 
 
 def plan_run(config: FinetuneConfig, setup: Setup, hardware: Hardware, architecture: str, length: Length) -> Plan:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.errors import ConfigError, ResFinetuneError, ResourceError
-from napari_resfinetune.events import EpochEnded, Event, Failed, Finished, Message, Step, StopToken
+from napari_resfinetune.events import EpochEnded, Event, Failed, Finished, Message, OnEvent, Step, StopToken
 from napari_resfinetune.models import resolve_model
 from napari_resfinetune.planning import (
     Hardware,
@@ -43,7 +43,6 @@ from napari_resfinetune.training.result import TrainResult
 from napari_resfinetune.training.run_folder import RunFolder, RunLog, create_run
 from napari_resfinetune.training.survival import OutOfMemory, is_out_of_memory
 
-OnEvent = Callable[[Event], None]
 # The first steps of a process warm up.
 WARM_UP_STEPS = 2
 
