@@ -15,7 +15,7 @@ from napari_resfinetune import api
 from napari_resfinetune.cli.output import TrainingProgress
 from napari_resfinetune.data.synthetic import Sample, make_sample
 from napari_resfinetune.events import StopToken
-from napari_resfinetune.models import load_model, save_model
+from napari_resfinetune.models.names import STARTER
 from napari_resfinetune.training.run_folder import check_output
 
 MODALITY = "fluorescence_nuclei"
@@ -64,18 +64,16 @@ def run_demo(output: Path, stop: StopToken, say: Callable[[str], None]) -> dict[
     _write(output / "samples" / "train", training)
     _write(output / "samples" / "held_out", held_out)
     say(f"made {len(training)} sample images to learn from and {len(held_out)} to be judged on")
-    say("the start model is made on the spot, with random weights: it knows nothing yet")
-    start = output / "start.pt"
-    save_model(start, load_model("random:vit_t", decoder="new", seed=SEED))
+    say(f"the start model is {STARTER!r}, which comes with this package")
     images, labels = (output / "samples" / "train" / kind for kind in ("images", "labels"))
     with TrainingProgress() as progress:
-        result = api.train(images, labels, model=start, output=output / "run", on_event=progress, stop=stop, **SETTINGS)
+        result = api.train(images, labels, model=STARTER, output=output / "run", on_event=progress, stop=stop, **SETTINGS)
     outcome: dict[str, Any] = {"status": result.status, "run_dir": str(result.run_dir), "seconds": result.seconds}
     if result.best_epoch < 0:
         return outcome
     say("\non images that it has not seen:")
     found = {}
-    for when, model in (("before", start), ("after", result.run_dir)):
+    for when, model in (("before", STARTER), ("after", result.run_dir)):
         loaded = api.load_model(model, decoder="required")
         folders = [output / "samples" / "held_out" / kind for kind in ("images", "labels")]
         outcome[when] = api.evaluate(*folders, model=loaded).to_dict()["ais"]

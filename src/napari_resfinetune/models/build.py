@@ -169,7 +169,8 @@ def predictor(model: SamModel) -> Any:
     """
     sam_predictor = upstream.SamPredictor(model.sam)
     sam_predictor.model_type = model.architecture
-    sam_predictor.model_name = model.name if known_model(model.name) else model.architecture
+    known = known_model(model.name)
+    sam_predictor.model_name = model.architecture if known is None or known.embedded else known.name
     sam_predictor._hash = f"sha256:{weights_hash(model.sam.state_dict())}"
     sam_predictor.checkpoint_path = None
     return sam_predictor

@@ -1,4 +1,4 @@
-"""The models that micro-sam knows, in words, without loading any of them."""
+"""The models that have a name: micro-sam's and the one in this package, in words, without loading any of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ARCHITECTURES = ("vit_t", "vit_b", "vit_l", "vit_h")
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model that micro-sam can download.
+    """A model that micro-sam can download, or the one that comes with this package.
 
     Attributes
     ----------
@@ -26,6 +26,8 @@ class KnownModel:
         Whether it comes with a decoder for automatic instance segmentation.
     size_mb
         Size of the download, about, in MB.
+    embedded
+        Whether it comes with this package, and needs no network.
     """
 
     name: str
@@ -33,9 +35,19 @@ class KnownModel:
     advice: str
     has_decoder: bool
     size_mb: int
+    embedded: bool = False
 
 
+STARTER = "starter"
 KNOWN_MODELS: tuple[KnownModel, ...] = (
+    KnownModel(
+        STARTER,
+        "vit_t",
+        "comes with this package and needs no network; made from generated images, so prefer an _lm model if you can",
+        True,
+        40,
+        embedded=True,
+    ),
     KnownModel("vit_t", "vit_t", "original MobileSAM; the smallest, for natural images and first tries", False, 41),
     KnownModel("vit_b", "vit_b", "original SAM; when your images are like none of the groups below", False, 375),
     KnownModel("vit_l", "vit_l", "original SAM, large; like vit_b with more memory to spend", False, 1250),
@@ -76,6 +88,11 @@ def models_folder() -> Path:
     return Path(os.environ.get("MICROSAM_CACHEDIR") or pooch.os_cache("micro_sam")) / "models"
 
 
+def starter_path() -> Path:
+    """Return where the weights of ``"starter"`` lie in this package."""
+    return Path(__file__).with_name("starter.safetensors")
+
+
 def model_path_in_cache(name: str) -> Path:
     """Return where the download of a known model lies or will lie. The file has no suffix."""
     return models_folder() / name
@@ -88,6 +105,9 @@ def decoder_path_in_cache(name: str) -> Path | None:
 
 
 def is_downloaded(name: str) -> bool:
-    """Whether a known model (and its decoder, if it has one) is in micro-sam's folder. Contents are not checked."""
+    """Whether a known model (and its decoder, if it has one) is on this machine. Contents are not checked."""
+    known = _BY_NAME.get(name)
+    if known is not None and known.embedded:
+        return True
     paths = (model_path_in_cache(name), decoder_path_in_cache(name))
-    return name in _BY_NAME and all(path is None or path.is_file() for path in paths)
+    return known is not None and all(path is None or path.is_file() for path in paths)

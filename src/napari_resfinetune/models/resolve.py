@@ -19,6 +19,7 @@ from napari_resfinetune.models.names import (
     known_model,
     model_path_in_cache,
     near_names,
+    starter_path,
 )
 from napari_resfinetune.models.weights import load_state
 
@@ -57,7 +58,7 @@ def resolve_model(model: str | Path, *, above: tuple[Path, ...] = ()) -> ModelLo
     Parameters
     ----------
     model
-        One of micro-sam's names; ``"random:vit_t"`` (or another architecture) for freshly initialised weights; the
+        ``"starter"``, which comes with this package; one of micro-sam's names; ``"random:vit_t"`` (or another architecture) for freshly initialised weights; the
         path of a checkpoint; a run folder, whose ``model.pt`` is meant; one of its checkpoints; or the folder of an
         adapter, whose base is found by the name that the adapter gives.
     above
@@ -71,7 +72,7 @@ def resolve_model(model: str | Path, *, above: tuple[Path, ...] = ()) -> ModelLo
     if isinstance(model, str):
         known = known_model(model)
         if known is not None:
-            path, decoder_path = _download(known.name)
+            path, decoder_path = (starter_path(), None) if known.embedded else _download(known.name)
             return ModelLocation(path, decoder_path, known.name, known.architecture)
         if model.startswith(RANDOM_PREFIX):
             architecture = model.removeprefix(RANDOM_PREFIX)
@@ -153,7 +154,7 @@ def _say_download(name: str, missing: list[str], registry: Any, error: Exception
     return (
         f"model '{name}': cannot be downloaded{stale}: {_reason(error)}. Without network here: {steps} (no suffix; the "
         "environment variable MICROSAM_CACHEDIR moves the folder above 'models'), or give the path of any checkpoint "
-        "on this machine as model, or model 'random:vit_t' to start from untrained weights"
+        "on this machine as model, or model 'starter', which comes with this package"
     )
 
 

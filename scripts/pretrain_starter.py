@@ -1,0 +1,231 @@
+"""Train the embedded start model from random weights on generated images: hours on a CPU, minutes on a card.
+
+    python scripts/pretrain_starter.py work/starter --steps 6000
+    python scripts/pretrain_starter.py work/starter --steps 6000     # again: goes on where it stopped
+    python scripts/pretrain_starter.py work/starter --pack src/napari_resfinetune/models/starter.safetensors
+
+Each step sees new windows of generated fields, at the scale of SAM's 1024 px input: `vit_t` has no absolute positions,
+so that what it learns from a window holds for the whole field. Both decoders learn, with this package's own training
+step; the packed weights are the running average. Nothing but generated images goes in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import AdamW
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+
+from napari_resfinetune.data.patches import PADDING_RGB, Patch, instance_targets
+from napari_resfinetune.data.scaling import apply_scaling, measure_scaling
+from napari_resfinetune.data.sources import open_array
+from napari_resfinetune.data.synthetic import MODALITIES, make_sample
+from napari_resfinetune.models import SamModel, measure_batch_norm, to_model_input
+from napari_resfinetune.models.build import new_model
+from napari_resfinetune.planning import choose_precision, pick_device, probe_hardware
+from napari_resfinetune.training.prompts import plan_training_prompts
+from napari_resfinetune.training.step import DTYPES, StepSettings, backward_samples
+
+FIELD_PX, MIN_OBJECT_PX = 1024, 25
+# How often each modality is drawn; histology and phase contrast are the hardest to learn.
+SHARES = {
+    "fluorescence_nuclei": 0.27,
+    "crowded_cytoplasm": 0.16,
+    "phase_contrast": 0.22,
+    "brightfield": 0.1,
+    "histology": 0.25,
+}
+# Fields that are not square are padded by SAM, and a decoder that never saw padding is lost there.
+PADDED_SHARE = 0.2
+DECAYING_SHARE = 0.3
+AVERAGE_DECAY, WARM_UP_STEPS, PATCHES_TO_MEASURE, LOG_EVERY, SAVE_EVERY = 0.998, 100, 32, 25, 100
+
+
+class Windows(Dataset[Patch]):
+    """Windows of generated fields; a window depends on its number alone."""
+
+    def __init__(self, window_px: int, count: int) -> None:
+        self.window_px, self.count = window_px, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Patch:
+        for attempt in range(100):
+            rng = np.random.default_rng([number, attempt])
+            modality = str(rng.choice(MODALITIES, p=[SHARES[name] for name in MODALITIES]))
+            side = self.window_px
+            sample = make_sample(modality, seed=int(rng.integers(2**31)), shape=(side, side), field_px=FIELD_PX)
+            patch = self._to_patch(sample.image, sample.labels.astype(np.int64), rng, number)
+            if patch is not None:
+                return patch
+        raise RuntimeError(f"window {number}: no object in 100 tries")
+
+    def _to_patch(self, image: Any, labels: Any, rng: np.random.Generator, number: int) -> Patch | None:
+        source = open_array(image, axes="YXC" if image.ndim == 3 else "YX")
+        rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
+        scaled = apply_scaling(rgb, measure_scaling(source))
+        if rng.random() < PADDED_SHARE:
+            kept = int(self.window_px * rng.uniform(0.3, 0.95))
+            where = np.s_[kept:, :] if rng.random() < 0.5 else np.s_[:, kept:]
+            scaled[where], labels[where] = PADDING_RGB, 0
+        targets = instance_targets(labels, MIN_OBJECT_PX)
+        if targets is None:
+            return None
+        image_cyx = torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
+        return Patch(image_cyx, torch.from_numpy(targets[0].astype(np.int32)), torch.from_numpy(targets[1:]), number)
+
+
+def main() -> None:
+    """Train, or pack what was trained."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where state and curve are kept")
+    parser.add_argument("--steps", type=int, default=6000, help="of the whole training; sets the learning rate's decay")
+    parser.add_argument("--batch", type=int, default=2, help="windows a step")
+    parser.add_argument("--window-px", type=int, default=320)
+    parser.add_argument("--objects", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3, help="of prompts")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw windows")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--pack", type=Path, help="write the average as 16-bit safetensors to this file, and stop")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.pack:
+        pack(options.folder / "state.pt", options.pack)
+        return
+    Pretraining(options).run()
+
+
+class Pretraining:
+    """The model, its average, the optimizer, and where they stand."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        hardware = probe_hardware()
+        device = pick_device(options.device, hardware)[0]
+        precision = choose_precision("auto", device, hardware)
+        self.settings = StepSettings(
+            autocast=DTYPES[precision.name if precision.name != "fp16" else "fp32"], input_px=options.window_px
+        )
+        self.device = torch.device(device)
+        self.windows = Windows(options.window_px, options.steps * options.batch)
+        self.model = new_model("vit_t", seed=0, device=self.device)
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
+        self.optimizer = AdamW(self.model.parameters(), lr=options.learning_rate, weight_decay=0.02, fused=True)
+        self.step, self.state = 0, options.folder / "state.pt"
+        options.folder.mkdir(parents=True, exist_ok=True)
+        if self.state.is_file():
+            self._load()
+        else:
+            patches = (self.windows[i].image[None].to(self.device) for i in range(PATCHES_TO_MEASURE))
+            measure_batch_norm(
+                self.model.sam.image_encoder, (to_model_input(patch, options.window_px)[0] for patch in patches)
+            )
+            self.average.module.load_state_dict(self.model.state_dict())
+
+    def run(self) -> None:
+        """Train to the last step, saving on the way."""
+        options, sums, began = self.options, np.zeros(3), time.monotonic()
+        remaining = range(self.step * options.batch, options.steps * options.batch)
+        loader = DataLoader(
+            self.windows,
+            batch_sampler=[list(remaining[i : i + options.batch]) for i in range(0, len(remaining), options.batch)],
+            num_workers=options.workers,
+            collate_fn=list,
+        )
+        self.model.train()
+        for batch in loader:
+            sums += self._take_step(batch)
+            self.step += 1
+            if self.step % LOG_EVERY == 0:
+                self._log(sums / LOG_EVERY, (time.monotonic() - began) / LOG_EVERY)
+                sums, began = np.zeros(3), time.monotonic()
+            if self.step % SAVE_EVERY == 0 or self.step == options.steps:
+                self._save()
+
+    def _take_step(self, batch: list[Patch]) -> Any:
+        options = self.options
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate * self._decay()
+        plans = [
+            plan_training_prompts(
+                patch.labels,
+                np.random.default_rng([7, patch.number]),
+                step=self.step,
+                objects=options.objects,
+                sub_iterations=options.rounds,
+                mask_prompt_probability=0.5,
+            )
+            for patch in batch
+        ]
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = backward_samples(
+            self.model, batch, plans, self.settings, train_instances=True, weight=1 / len(batch)
+        )
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if all(math.isfinite(loss.total) for loss in losses):
+            self.optimizer.step()
+            self.average.update_parameters(self.model)
+        return np.mean([(loss.mask, loss.iou, loss.instance) for loss in losses], axis=0)
+
+    def _decay(self) -> float:
+        """Return the factor on the learning rate: up, level, and down in the end, so that a run can be prolonged."""
+        left = (self.options.steps - self.step) / self.options.steps
+        return min(1.0, (self.step + 1) / WARM_UP_STEPS, left / DECAYING_SHARE)
+
+    def _log(self, means: Any, seconds: float) -> None:
+        curve = self.options.folder / "curve.csv"
+        new = not curve.exists()
+        with curve.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", "mask_loss", "iou_loss", "instance_loss", "seconds_per_step"])
+            writer.writerow([self.step, *(f"{value:.4f}" for value in means), f"{seconds:.2f}"])
+
+    def _save(self) -> None:
+        content = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        temporary = self.state.with_suffix(".part")
+        torch.save(content, temporary)
+        os.replace(temporary, self.state)
+
+    def _load(self) -> None:
+        content = torch.load(self.state, map_location=self.device, weights_only=True)
+        self.step = content["step"]
+        self.model.load_state_dict(content["model"])
+        self.average.load_state_dict(content["average"])
+        self.optimizer.load_state_dict(content["optimizer"])
+
+
+def pack(state: Path, path: Path) -> None:
+    """Write the averaged weights as 16-bit safetensors."""
+    from napari_resfinetune.models.weights import save_safetensors
+
+    average = AveragedModel(new_model("vit_t", seed=0))
+    average.load_state_dict(torch.load(state, map_location="cpu", weights_only=True)["average"])
+    model: SamModel = average.module
+    tensors = dict(model.sam.state_dict())
+    tensors |= {f"instance_decoder.{name}": value for name, value in model.instance_decoder.state_dict().items()}
+    half = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
+    save_safetensors(path, half)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
