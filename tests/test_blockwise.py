@@ -15,12 +15,14 @@ from napari_resfinetune.data.sources import open_array
 from napari_resfinetune.errors import ConfigError, ModelError, ResourceError
 from napari_resfinetune.inference import (
     blockwise,
+    files,
     new_ome_zarr,
     read_made_by,
     segment_blockwise,
     segment_files,
     segment_plane,
 )
+from napari_resfinetune.models import load_model
 from see_through import disks, paint, see_through_model
 
 PATCH = {"patch_px": 160}
@@ -96,6 +98,27 @@ def test_modes_with_prompts(tmp_path: Path, mode: str) -> None:
     assert same_partition(whole, out)
 
 
+@pytest.mark.slow
+def test_a_real_network(tmp_path: Path) -> None:
+    """Untrained, so its maps are rough; one object at least is there, since thresholds are wide open."""
+    model = load_model("random:vit_t", decoder="new", seed=2)
+    image = np.random.default_rng(0).uniform(0, 255, (128, 224, 3)).astype(np.float32)
+    how = {
+        "patch_px": 128,
+        "parameters": {
+            "foreground_threshold": 0.4,
+            "center_distance_threshold": 0.55,
+            "boundary_distance_threshold": 0.55,
+            "min_size": 0,
+        },
+    }
+    whole = segment_plane(model, image, **how)
+    out = np.zeros(image.shape[:2], np.uint32)
+    segment_blockwise(model, lambda window: image[window], (128, 224), out, tmp_path, block_px=64, **how)
+    assert whole.any()
+    assert same_partition(whole, out)
+
+
 def test_nothing_there_small_objects_and_first_id(tmp_path: Path) -> None:
     assert blocks(np.zeros((200, 300, 3), np.float32), tmp_path, 64) == (0, pytest.approx(0))
     image = paint(disks((200, 300)))
@@ -168,6 +191,23 @@ def test_the_pyramid_is_ome_zarr_0_5(tmp_path: Path) -> None:
     from ome_zarr_models.v05 import Image
 
     assert Image.from_zarr(group).datasets
+
+
+@pytest.mark.parametrize("shape", [(700, 1030), (3, 520, 400)])
+def test_a_tiff_is_written_tile_by_tile(
+    tmp_path: Path, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_TILED_FROM_PX", 1000)
+    labels = np.random.default_rng(0).integers(0, 2**32, shape, np.uint32)
+    chunks = (*[1] * (len(shape) - 2), 300, 300)
+    stored = zarr.create_array(tmp_path / "labels", shape=shape, dtype=np.uint32, chunks=chunks)
+    stored[...] = labels
+    files.write_labels(stored, tmp_path / "a.tif", {"mode": "ais"}, axes="TZYX"[-len(shape) :])
+    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+        assert tiff.pages[0].is_tiled
+        assert np.array_equal(tiff.asarray(), labels)
+    assert files.read_made_by(tmp_path / "a.tif") == {"mode": "ais"}
+    assert np.array_equal(open_array(tmp_path / "a.tif").read(), labels)
 
 
 def test_finished_files_are_kept_and_nothing_else_is(tmp_path: Path, stack: Path) -> None:

@@ -58,6 +58,16 @@ class SegmentedFile:
     kept: bool
 
 
+@dataclass(frozen=True)
+class _Task:
+    """An image, where its labels go, what they will say of themselves, and whether they are there."""
+
+    source: ArraySource
+    path: Path
+    note: Mapping[str, Any]
+    kept: bool
+
+
 def segment_files(
     model: SamModel,
     sources: Sequence[ArraySource],
@@ -112,15 +122,21 @@ def segment_files(
     linking = {name: settings.get(name) for name in ("link", "gap_closing", "min_z_extent")}
     links = [check_link(source, **linking) for source in sources]
     weights = _hash_model(model)
-    notes = [
-        {"model": model.name, "weights_sha256": weights, **_note(source, {**settings, "link": link}, whole_up_to_px)}
-        for source, link in zip(sources, links, strict=True)
-    ]
-    kept = [path.exists() and _same(read_made_by(path), note) for path, note in zip(paths, notes, strict=True)]
+    tasks = []
+    for source, path, link in zip(sources, paths, links, strict=True):
+        note = _note(source, {**settings, "link": link}, whole_up_to_px)
+        note = {"model": model.name, "weights_sha256": weights, **note}
+        tasks.append(_Task(source, path, note, kept=path.exists() and _same(read_made_by(path), note)))
     if not overwrite:
-        others = [path for path, same in zip(paths, kept, strict=True) if path.exists() and not same]
+        others = [task.path for task in tasks if task.path.exists() and not task.kept]
         _refuse(others, "by another model or with other settings")
-    return _segment_rest(model, sources, paths, notes, kept, form, on_progress, whole_up_to_px, settings)
+    settings |= {"whole_up_to_px": whole_up_to_px}
+    return (
+        SegmentedFile(task.source.name, task.path, count_objects(_Stored(task.path)), kept=True)
+        if task.kept
+        else _segment_one(model, task, form, on_progress, settings)
+        for task in tasks
+    )
 
 
 def label_paths(sources: Sequence[ArraySource], output: Path, form: str, *, overwrite: bool) -> list[Path]:
@@ -139,7 +155,7 @@ def label_paths(sources: Sequence[ArraySource], output: Path, form: str, *, over
     if replaced:
         raise ConfigError(f"{replaced[0]}: is one of the images, and is never replaced; choose another folder")
     if not overwrite:
-        _refuse([path for path in paths if path.exists() and read_made_by(path) is None], "not by resfinetune")
+        _refuse([path for path in paths if path.exists() and read_made_by(path) is None], "by something else")
     return paths
 
 
@@ -151,44 +167,32 @@ def _refuse(taken: Sequence[Path], how: str) -> None:
         )
 
 
-def _segment_rest(
-    model: SamModel,
-    sources: Sequence[ArraySource],
-    paths: Sequence[Path],
-    notes: Sequence[Mapping[str, Any]],
-    kept: Sequence[bool],
-    form: Format,
-    on_progress: OnImageProgress,
-    whole_up_to_px: int,
-    settings: Mapping[str, Any],
-) -> Iterator[SegmentedFile]:
-    for source, path, note, same in zip(sources, paths, notes, kept, strict=True):
-        if same:
-            yield SegmentedFile(source.name, path, count_objects(_Stored(path)), kept=True)
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        axes = "".join(axis for axis in "TZYX" if axis in source.axes)
-        shape = (*[source.plane_count] * (len(axes) - 2), *shape_yx(source))
-        with contextlib.ExitStack() as open_files:
-            if form == "zarr":
-                out = open_files.enter_context(new_ome_zarr(path, shape, note, axes=axes))
-            elif math.prod(shape) > whole_up_to_px:
-                out = open_files.enter_context(_scratch(path.parent, shape))
-            else:
-                out = np.zeros(shape, np.uint32)
-            segment_source(
-                model,
-                source,
-                out=out,
-                scratch=path.parent,
-                whole_up_to_px=whole_up_to_px,
-                on_progress=lambda done, total, name=source.name: on_progress(name, done, total),  # type: ignore[misc]
-                **settings,
-            )
-            objects = count_objects(out)
-            if form == "tiff":
-                write_labels(out, path, note, axes=axes)
-        yield SegmentedFile(source.name, path, objects, kept=False)
+def _segment_one(
+    model: SamModel, task: _Task, form: Format, on_progress: OnImageProgress, settings: Mapping[str, Any]
+) -> SegmentedFile:
+    source, path = task.source, task.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    axes = "".join(axis for axis in "TZYX" if axis in source.axes)
+    shape = (*[source.plane_count] * (len(axes) - 2), *shape_yx(source))
+    with contextlib.ExitStack() as open_files:
+        if form == "zarr":
+            out = open_files.enter_context(new_ome_zarr(path, shape, task.note, axes=axes))
+        elif math.prod(shape) > settings["whole_up_to_px"]:
+            out = open_files.enter_context(_scratch(path.parent, shape))
+        else:
+            out = np.zeros(shape, np.uint32)
+        segment_source(
+            model,
+            source,
+            out=out,
+            scratch=path.parent,
+            on_progress=lambda done, total: on_progress(source.name, done, total),
+            **settings,
+        )
+        objects = count_objects(out)
+        if form == "tiff":
+            write_labels(out, path, task.note, axes=axes)
+    return SegmentedFile(source.name, path, objects, kept=False)
 
 
 class _Stored:

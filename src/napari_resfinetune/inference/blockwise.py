@@ -34,7 +34,7 @@ from napari_resfinetune.inference.segment import (
     merge_windows,
     segment_window,
 )
-from napari_resfinetune.inference.tiling import Tile, embed_window, plan_tiles
+from napari_resfinetune.inference.tiling import Tile, TileEmbedding, embed_window, plan_tiles
 from napari_resfinetune.models import SamModel, upstream
 
 Window = tuple[slice, slice]
@@ -46,6 +46,28 @@ WHOLE_UP_TO_PX = 4096**2
 FLOOD_UP_TO_PX = 6144**2
 _CHUNK_PX = 512
 _SCRATCH_BYTES_PER_PX = 20  # three maps and the seeds, as they are in the worst case: not compressible
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """A plane to segment, with everything that its windows need."""
+
+    model: SamModel
+    read: ReadWindow
+    shape: tuple[int, int]
+    tiles: tuple[Tile, ...]
+    folder: Path
+    mode: str
+    settings: Mapping[str, Any]
+    precision: torch.dtype | None
+    on_window: Callable[[], None]
+
+    def embeddings(self) -> Iterator[TileEmbedding]:
+        for tile in self.tiles:
+            pixels = self.read(tile.window)
+            check_image(pixels)
+            yield embed_window(self.model, pixels, tile, self.precision)
+            self.on_window()
 
 
 @dataclass(frozen=True)
@@ -81,6 +103,7 @@ class _Maps:
         return inner
 
 
+@torch.no_grad()
 def segment_blockwise(
     model: SamModel,
     read: ReadWindow,
@@ -133,21 +156,20 @@ def segment_blockwise(
         When the disk of `scratch` has no room.
     """
     settings = {**_defaults(mode), "min_size": MIN_SIZE_PX, **(parameters or {})}
-    tiles = plan_tiles(shape, patch_px, halo_px)
-    _check_disk(scratch, shape)
     folder = scratch / "segment"
+    plane = _Plane(
+        model, read, shape, plan_tiles(shape, patch_px, halo_px), folder, mode, settings, precision, on_window
+    )
+    _check_disk(scratch, shape)
     blocks = list(_blocks(shape, block_px))
     try:
         folder.mkdir()
         with evaluating(model):
             if mode == "ais":
-                maps = _predict_maps(model, read, shape, tiles, folder, precision, settings, on_window)
                 reach = min(max(patch_px // 2, 64), block_px)
-                areas = _grow_objects(maps, blocks, reach, out, folder)
+                areas = _grow_objects(_predict_maps(plane), blocks, reach, out, folder)
             else:
-                areas = _merge_prompted(
-                    model, read, shape, tiles, folder, precision, mode, settings, out, blocks, on_window
-                )
+                areas = _merge_prompted(plane, blocks, out)
         kept = areas >= max(1, settings["min_size"])
         kept[0] = False
         numbers = np.where(kept, np.cumsum(kept) + (first_id - 1), 0).astype(out.dtype)
@@ -158,22 +180,12 @@ def segment_blockwise(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _predict_maps(
-    model: SamModel,
-    read: ReadWindow,
-    shape: tuple[int, int],
-    tiles: tuple[Tile, ...],
-    folder: Path,
-    precision: torch.dtype | None,
-    settings: Mapping[str, Any],
-    on_window: Callable[[], None],
-) -> _Maps:
-    stored = _scratch_array(folder / "maps", (3, *shape), np.float32)
-    for tile in tiles:
-        predicted = decode_window(model, embed_window(model, _checked(read, tile), tile, precision), precision)
-        stored[(slice(None), *tile.core)] = predicted[(slice(None), *tile.core_in_window)]
-        on_window()
-    return _Maps(stored, settings, shape)
+def _predict_maps(plane: _Plane) -> _Maps:
+    stored = _scratch_array(plane.folder / "maps", (3, *plane.shape), np.float32)
+    for embedding in plane.embeddings():
+        predicted = decode_window(plane.model, embedding, plane.precision)
+        stored[(slice(None), *embedding.tile.core)] = predicted[(slice(None), *embedding.tile.core_in_window)]
+    return _Maps(stored, plane.settings, plane.shape)
 
 
 def _grow_objects(maps: _Maps, blocks: list[Window], reach: int, out: Any, folder: Path) -> NDArray[np.int64]:
@@ -250,28 +262,13 @@ def _cut_off(dry: NDArray[np.bool_], inner: Window, wide: Window, shape: tuple[i
     return bool(np.isin(pieces[inner], at_rim[at_rim > 0]).any())
 
 
-def _merge_prompted(
-    model: SamModel,
-    read: ReadWindow,
-    shape: tuple[int, int],
-    tiles: tuple[Tile, ...],
-    folder: Path,
-    precision: torch.dtype | None,
-    mode: str,
-    settings: Mapping[str, Any],
-    out: Any,
-    blocks: list[Window],
-    on_window: Callable[[], None],
-) -> NDArray[np.int64]:
-    def pieces() -> Iterator[tuple[Tile, NDArray[np.uint32]]]:
-        with torch.no_grad():
-            for tile in tiles:
-                embedding = embed_window(model, _checked(read, tile), tile, precision)
-                yield tile, segment_window(model, embedding, mode, precision, settings)
-                on_window()
-
-    merged = np.lib.format.open_memmap(folder / "merged.npy", "w+", np.uint32, shape)
-    merge_windows(shape, pieces(), merged)
+def _merge_prompted(plane: _Plane, blocks: list[Window], out: Any) -> NDArray[np.int64]:
+    pieces = (
+        (embedding.tile, segment_window(plane.model, embedding, plane.mode, plane.precision, plane.settings))
+        for embedding in plane.embeddings()
+    )
+    merged = np.lib.format.open_memmap(plane.folder / "merged.npy", "w+", np.uint32, plane.shape)
+    merge_windows(plane.shape, pieces, merged)
     areas = np.zeros(1, np.int64)
     for block in blocks:
         part = merged[block]
@@ -279,12 +276,6 @@ def _merge_prompted(
         areas = np.pad(areas, (0, len(counts) - len(areas))) + counts
         out[block] = part
     return areas
-
-
-def _checked(read: ReadWindow, tile: Tile) -> NDArray[np.float32]:
-    pixels = read(tile.window)
-    check_image(pixels)
-    return pixels
 
 
 def _defaults(mode: str) -> dict[str, Any]:

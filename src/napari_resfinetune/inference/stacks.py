@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +97,10 @@ def segment_source(
         _check_memory(full_shape)
     labels = np.zeros(full_shape, np.uint32) if out is None else out
     scaling = measure_scaling(source, chosen, percentiles)
-    windows = len(plan_tiles(shape, patch_px, halo_px))
-    done, total, last_id = 0, source.plane_count * windows, 0
+
+    def read(plane: int | None, window: tuple[slice, slice] | None = None) -> Any:
+        return apply_scaling(to_channels(read_plane(source, plane, window), chosen), scaling)
+
     how: dict[str, Any] = {
         "mode": mode,
         "patch_px": patch_px,
@@ -104,36 +108,27 @@ def segment_source(
         "precision": precision,
         "parameters": parameters,
     }
+    windows = len(plan_tiles(shape, patch_px, halo_px))
+    last_id = 0
+    for number, plane in enumerate(range(source.plane_count) if is_stack else [None]):
+        count = itertools.count(number * windows + 1)
 
-    def count_window() -> None:
-        nonlocal done
-        done += 1
-        on_progress(done, total)
+        def on_window(count: Iterator[int] = count) -> None:
+            on_progress(next(count), source.plane_count * windows)
 
-    def read(plane: int | None, window: tuple[slice, slice] | None = None) -> Any:
-        return apply_scaling(to_channels(read_plane(source, plane, window), chosen), scaling)
-
-    for plane in range(source.plane_count) if is_stack else [None]:
         target = _Plane(labels, plane)
         if math.prod(shape) > whole_up_to_px:
-            with tempfile.TemporaryDirectory(prefix="resfinetune-", dir=scratch) as folder:
+            read_window = functools.partial(read, plane)
+            with tempfile.TemporaryDirectory(prefix=".resfinetune-", dir=scratch) as folder:
                 last_id += segment_blockwise(
-                    model,
-                    lambda window, plane=plane: read(plane, window),  # type: ignore[misc]
-                    shape,
-                    target,
-                    Path(folder),
-                    first_id=last_id + 1,
-                    on_window=count_window,
-                    **how,
+                    model, read_window, shape, target, Path(folder), first_id=last_id + 1, on_window=on_window, **how
                 )
             continue
         found = segment_plane(model, read(plane), **how)
         found[found > 0] += np.uint32(last_id)
         last_id = max(last_id, int(found.max(initial=0)))
         target[...] = found
-        done += windows
-        on_progress(done, total)
+        on_progress((number + 1) * windows, source.plane_count * windows)
     if link:
         labels[...] = link_slices(np.asarray(labels[...]), gap_closing=gap_closing, min_z_extent=min_z_extent)
     return labels
