@@ -58,9 +58,10 @@ def resolve_model(model: str | Path, *, above: tuple[Path, ...] = ()) -> ModelLo
     Parameters
     ----------
     model
-        ``"starter"``, which comes with this package; one of micro-sam's names; ``"random:vit_t"`` (or another architecture) for freshly initialised weights; the
-        path of a checkpoint; a run folder, whose ``model.pt`` is meant; one of its checkpoints; or the folder of an
-        adapter, whose base is found by the name that the adapter gives.
+        ``"starter"``, which comes with this package; one of micro-sam's names; ``"random:vit_t"`` (or another
+        architecture) for freshly initialised weights; the path of a checkpoint or of a bioimage.io package; a run
+        folder, whose ``model.pt`` is meant; one of its checkpoints; or the folder of an adapter, whose base is found by
+        the name that the adapter gives.
     above
         Adapters whose base is being looked for.
 
@@ -120,7 +121,9 @@ def _in_run_folder(folder: Path) -> Path:
 
 
 def _looks_like_path(model: str) -> bool:
-    return "/" in model or "\\" in model or Path(model).suffix.lower() in {".pt", ".pth", ".safetensors", ".ckpt"}
+    return (
+        "/" in model or "\\" in model or Path(model).suffix.lower() in {".pt", ".pth", ".safetensors", ".ckpt", ".zip"}
+    )
 
 
 def _unknown(model: str) -> str:
