@@ -3,9 +3,10 @@
     python benchmarks/search_truth.py WORK --data DATA --start start.pt --targets fluo_mixed histology
 
 `DATA` holds a folder for each modality, with `images/` and `labels/`. Candidates are made on the spot: the start model,
-the start model finetuned on each of `--makers` by each of `--strategies`, untrained weights, and half-trained ones. The
-truth is the SA50 of the automatic segmentation on images that neither search nor training has seen, after every
-candidate was finetuned with one fixed small budget. Everything is kept in `WORK`; a run that was stopped goes on there.
+the start model finetuned on each of `--makers` by each of `--strategies`, untrained weights, a model trained from them
+for as short a time, and blends of the start model with untrained weights, which know less and less. The truth is the
+SA50 of the automatic segmentation on images that neither search nor training has seen, after every candidate was
+finetuned with one fixed small budget. Everything is kept in `WORK`; a run that was stopped goes on there.
 
 The table says Kendall's tau between ranking and truth, of the combined score and of each part alone, and the regret of
 the first choice: how much SA50 is lost against the best candidate. `--table` prints it from what is there.
@@ -22,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import kendalltau
 
 import napari_resfinetune as rf
 from napari_resfinetune.config import make_config
-from napari_resfinetune.models import load_model
+from napari_resfinetune.models import load_model, save_model
 from napari_resfinetune.search import SearchOptions, suggest
 from napari_resfinetune.search.features import SharedEncoder
 from napari_resfinetune.search.patches import search_patches
@@ -34,6 +36,7 @@ from napari_resfinetune.search.zero_shot import score_patch
 from napari_resfinetune.training.step import StepSettings
 
 HALF, UNTRAINED = "half-trained", "random:vit_t"
+SEED = 0
 
 
 def main() -> None:
@@ -44,6 +47,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path)
     parser.add_argument("--makers", nargs="+", default=["fluo_mixed", "histology", "phase_t98g"])
     parser.add_argument("--strategies", nargs="+", default=["full", "frozen", "late"])
+    parser.add_argument("--blends", nargs="*", type=float, default=[0.9, 0.7, 0.5], help="shares of the start model")
     parser.add_argument("--targets", nargs="+", default=["fluo_mixed"])
     parser.add_argument("--learn", default="instances", choices=["instances", "both"], help="which decoders learn")
     parser.add_argument("--steps", type=int, default=48, help="of the training that makes a candidate")
@@ -57,8 +61,9 @@ def main() -> None:
     for modality in options.targets:
         if not options.table:
             candidates = make_candidates(options)
-            truth(options, modality, candidates)
+            (options.work / modality).mkdir(exist_ok=True)
             search(options, modality, candidates)
+            truth(options, modality, candidates)
         print(table(options.work / modality))
 
 
@@ -108,17 +113,32 @@ def make_candidates(options: argparse.Namespace) -> list[str]:
                 images, labels, model=start, strategy=strategy, output=run, **chosen))  # noqa: B023  # fmt: skip
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
         made.append(str(run))
-    return made
+    return made + [str(blend(options, share)) for share in options.blends]
+
+
+def blend(options: argparse.Namespace, share: float) -> Path:
+    """Write a model whose weights lie between untrained ones and those of the start model."""
+    path = options.work / "candidates" / f"blend-{share:g}.pt"
+    if not path.is_file():
+        model = load_model(options.start, decoder="required")
+        untrained = load_model(UNTRAINED, decoder="new", seed=SEED).state_dict()
+        state = {
+            name: torch.lerp(untrained[name], tensor, share) if tensor.is_floating_point() else tensor
+            for name, tensor in model.state_dict().items()
+        }
+        model.load_state_dict(state)
+        save_model(path, model)
+    return path
 
 
 def truth(options: argparse.Namespace, modality: str, candidates: list[str]) -> None:
     """Finetune every candidate alike and score it on unseen images."""
     folder = options.work / modality
-    folder.mkdir(exist_ok=True)
     found = read(folder / "truth.json")
     chosen = settings(options, options.truth_steps)
     images, labels = files(options, modality)["learn"]
-    for candidate in candidates:
+    # In any order, so that a part of them is not a part of one kind.
+    for candidate in np.random.default_rng(SEED).permutation(candidates).tolist():
         if candidate in found:
             continue
         run = folder / ".finetuned"
@@ -167,7 +187,9 @@ def table(folder: Path) -> str:
     known = {name: value["sa50"] for name, value in read(folder / "truth.json").items()}
     found = {name: read(folder / f"search-{name}.json") for name in ("shared", "alone")}
     ranked = {each["model"]: each for each in found["shared"]["ranked"] if each["model"] in known}
-    models = [model for model in known if model in ranked]
+    models = [model for model in candidates_in(folder.parent, ranked) if model in known]
+    if not models:
+        return f"{folder.name}: no candidate was finetuned yet"
     best = max(known[model] for model in models)
     rules: dict[str, Callable[[str], float]] = {
         "combined": lambda model: ranked[model]["score"],
@@ -175,7 +197,6 @@ def table(folder: Path) -> str:
             name: lambda model, name=name: ranked[model]["scores"].get(name, 0.0)  # type: ignore[misc]
             for name in ("ais_sa50", "probe_r2", "logme_share", "logme", "box_iou", "point_iou")
         },
-        "always the start model": lambda model: float(model == models[0]),
         "always the last made": lambda model: float(models.index(model)),
     }
     lines = [
@@ -188,6 +209,8 @@ def table(folder: Path) -> str:
         values = [rule(model) for model in models]
         tau = kendalltau(values, [known[model] for model in models]).statistic
         lines.append(f"| {name} | {tau:.2f} | {best - known[models[int(np.argmax(values))]]:.3f} |")
+    starts = [model for model in models if Path(model).suffix == ".pt" and "blend" not in model]
+    lines += [f"| always the start model | | {best - known[model]:.3f} |" for model in starts]
     lines.append(f"| at random, on average | 0 | {best - np.mean([known[model] for model in models]):.3f} |")
     lines += ["", "| candidate | SA50 after finetuning | score | automatic SA50 before |", "|---|---|---|---|"]
     for model in sorted(models, key=lambda model: -known[model]):
@@ -206,6 +229,12 @@ def table(folder: Path) -> str:
     text = "\n".join(lines)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     return text
+
+
+def candidates_in(work: Path, ranked: dict[str, Any]) -> list[str]:
+    """Return the candidates in the order in which they were made."""
+    made = {str(path): path.stat().st_mtime for path in (work / "candidates").iterdir()}
+    return sorted(ranked, key=lambda model: made.get(model, 0.0))
 
 
 def sum_of(each: dict[str, Any], *names: str) -> float:

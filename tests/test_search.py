@@ -71,7 +71,7 @@ def test_the_command_ranks_models_and_says_what_it_left_out(cells, models, tmp_p
     for each in ranked:
         assert {"ais_sa50", "box_iou", "point_iou", "probe_r2", "logme", "logme_share"} <= set(each["scores"])
         assert 0 <= each["low"] <= each["high"] <= 1
-    assert "broken.pt" in result.stderr and "not a checkpoint" in result.stderr
+    assert "broken.pt: left out" in result.stderr
     assert "vit_b" in result.stderr and "cannot be downloaded" in result.stderr
     whole = json.loads((out / "search.json").read_text())
     assert whole["advice"].startswith("start from") or "too close" in whole["advice"]
