@@ -27,9 +27,9 @@ from napari_resfinetune.training.feature_cache import SUBFOLDER
 from napari_resfinetune.training.step import StepSettings
 from small_runs import SMALL, TRAINING, run
 
-SETTINGS: dict[str, Any] = {**SMALL, "training": {**TRAINING, "epochs": 1}}
+SETTINGS: dict[str, Any] = {**SMALL, "training": {**TRAINING, "epochs": 1, "samples_per_epoch": 2}}
 STEP = StepSettings(input_px=128)
-PATCHES = 4
+PATCHES = 3
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def entries(folder: Path) -> int:
 
 def test_the_command_ranks_models_and_says_what_it_left_out(cells, models, tmp_path):
     out = tmp_path / "out"
-    options = ["--images", cells / "images", "--labels", cells / "labels", "--output", out, "--patches", 8, "--json"]
-    sets = ["data.patch_px=64", "training.input_px=128", "training.samples_per_epoch=4", "resources.precision=fp32"]
+    options = ["--images", cells / "images", "--labels", cells / "labels", "--output", out, "--patches", 4, "--json"]
+    sets = ["data.patch_px=64", "training.input_px=128", "training.samples_per_epoch=2", "resources.precision=fp32"]
     for each in sets:
         options += ["--set", each]
     names = ["--candidates", cells / "start.pt", models, "vit_b"]  # which cannot be downloaded in a test
@@ -81,12 +81,18 @@ def test_the_command_ranks_models_and_says_what_it_left_out(cells, models, tmp_p
     assert whole["advice"][1:] in page and "broken.pt" in page and "vit_b_histopathology" in page
     for picture in ("pictures/01.png", "pictures/02.png"):
         assert picture in page and (out / picture).stat().st_size > 5000
-    # Training with a frozen encoder finds all of its patches there.
+    # Training with a frozen encoder finds the patches there, and adds the held-out ones that nobody looked at.
     before = entries(out / "features")
     resources = {**SMALL["resources"], "feature_cache_dir": out / "features"}
-    run(cells, tmp_path / "run", strategy={"kind": "frozen"}, resources=resources, training={"epochs": 1})
-    assert before == 2 * 8 + 8  # two models, and where they part
-    assert entries(out / "features") == before
+    run(
+        cells,
+        tmp_path / "run",
+        strategy={"kind": "frozen"},
+        resources=resources,
+        training={"epochs": 1, "samples_per_epoch": 2},
+    )
+    assert before == 2 * 4 + 4  # two models, and where they part
+    assert entries(out / "features") == before + 2
 
 
 def test_shared_blocks_are_computed_once_and_give_the_same(cells, models, tmp_path):
@@ -131,7 +137,7 @@ def test_a_stopped_search_goes_on_where_it_was(cells, models, tmp_path, monkeypa
     assert first.status == "stopped"
     assert [Path(each.model).name for each in first] == ["start.pt", "late.pt"]  # more patches come first
     assert [each.patches for each in first] == [PATCHES, 1]
-    assert any("2 models on 4 patches" in event.text for event in events if isinstance(event, Message))
+    assert any(f"2 models on {PATCHES} patches" in event.text for event in events if isinstance(event, Message))
     assert len(looked) == PATCHES + 1
     again = suggest(cells, both, output=tmp_path / "out")
     assert again.status == "finished"
@@ -216,8 +222,8 @@ def test_a_pilot_settles_a_close_call_and_times_stand_beside_those_of_finetuning
     assert sum("measuring 3 steps" in text for text in said) == 1  # one architecture
     for each in found:
         times = each.timing
-        assert times["full"] == pytest.approx(2 * times["full_step"])  # 4 samples in batches of 2, once
-        assert times["frozen"] == pytest.approx(4 * times["encode"] + 2 * times["frozen_step"])
+        assert times["full"] == pytest.approx(times["full_step"])  # 2 samples in one batch, once
+        assert times["frozen"] == pytest.approx(2 * times["encode"] + times["frozen_step"])
         assert times["break_even_models"] == pytest.approx(times["full"] / sum(each.seconds.values()))
         assert min(times.values()) > 0
     assert (tmp_path / "out" / "times.png").is_file()

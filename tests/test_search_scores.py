@@ -59,6 +59,12 @@ def test_a_probe_tells_features_with_the_answer_from_noise():
     assert knowing.min() > 0.5 > 0.1 > guessing.max()
 
 
+def test_nothing_is_explained_where_there_is_nothing_to_learn_from():
+    unit, nothing = moments(*tokens(30, 4, seed=1)), np.zeros((8, 8))
+    assert leave_one_out([unit, nothing, nothing], [0, 1, 2], 3).r2.tolist() == [0.0, 0.0, 0.0]
+    assert leave_one_out([unit], [0], 3).r2.tolist() == [0.0, 0.0, 0.0]
+
+
 def test_features_and_targets_that_do_not_vary_give_zero_rather_than_an_error():
     units = [moments(np.ones((20, 4)), np.zeros((20, 3))) for _ in range(2)]
     assert leave_one_out(units, [0, 1], 3).r2.tolist() == [0.0, 0.0, 0.0]

@@ -23,7 +23,10 @@ LEAST_PATCHES = 4
 def load_all(search: Search, candidates: Sequence[Candidate], *, share: bool) -> None:
     """Load every model once, leave out those that cannot be used or are there twice, and find what they share."""
     seen: dict[str, str] = {}
+    by_quarter = len(search.data.groups) == 1
     for candidate in candidates:
+        if search.stop.stopped:
+            break
         began = time.perf_counter()
         with search.leaving_out(candidate.model):
             model = search.shelf.get(candidate)
@@ -31,15 +34,15 @@ def load_all(search: Search, candidates: Sequence[Candidate], *, share: bool) ->
             if weights in seen:
                 raise ModelError(f"the same weights as {seen[weights]}")
             seen[weights] = candidate.model
-            entry = Entry(candidate, Scored(key_of(weights, search.settings)), hash_units(model, search.settings))
+            entry = Entry(
+                candidate, Scored(key_of(weights, search.settings), by_quarter), hash_units(model, search.settings)
+            )
             entry.scored.seconds["load"] = time.perf_counter() - began
             search.entries[candidate.model] = entry
     if share:
         cuts = shared_cuts({name: entry.units for name, entry in search.entries.items()})
         for name, entry in search.entries.items():
             entry.cuts = cuts[name]
-    if not search.entries:
-        raise ModelError(*(f"{each.model}: {each.reason}" for each in search.left_out))
 
 
 def compare(search: Search, *, halving: bool) -> list[Standing]:
@@ -51,6 +54,11 @@ def compare(search: Search, *, halving: bool) -> list[Standing]:
         With its models loaded.
     halving
         Drop the worse half of many models after a look at a few patches.
+
+    Raises
+    ------
+    ModelError
+        When none can be used, with the reason for each.
     """
     rounds = plan_rounds(len(search.entries), len(search.data.patches), halving=halving)
     chosen = list(search.entries)
@@ -65,6 +73,8 @@ def compare(search: Search, *, halving: bool) -> list[Standing]:
         chosen = [each.model for each in standings]
         if search.stop.stopped:
             break
+    if not standings and not search.stop.stopped:
+        raise ModelError(*(f"{each.model}: {each.reason}" for each in search.left_out))
     return standings
 
 

@@ -27,6 +27,7 @@ from napari_resfinetune.training.step import StepSettings
 
 # Tokens of each class that LogME looks at, in all and of one patch.
 TOKENS_PER_CLASS, TOKENS_PER_PATCH = 400, 100
+QUARTERS = 4
 FORMAT = 1
 Embed = Callable[[Patch], Tensor]
 
@@ -39,6 +40,8 @@ class Scored:
     ----------
     key
         Hash of its weights and of how patches are brought to it.
+    by_quarter
+        Whether the probe leaves out quarters of patches, as there is a single image.
     rows
         Zero-shot scores of each patch.
     seconds
@@ -46,10 +49,11 @@ class Scored:
     """
 
     key: str
+    by_quarter: bool = False
     rows: list[Mapping[str, tuple[float, float]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "encode": 0.0, "score": 0.0})
     groups: list[str] = field(default_factory=list)
-    products: list[list[NDArray[np.float64]]] = field(default_factory=list)
+    products: list[NDArray[np.float64]] = field(default_factory=list)
     tokens: list[tuple[NDArray[np.float32], NDArray[np.int64]]] = field(default_factory=list)
 
     def look(
@@ -109,25 +113,22 @@ class Scored:
         side = int(embedding.shape[-1])
         targets, classes, inside = token_targets(patch.patch, side)
         tokens = embedding[0].flatten(1).T.cpu().numpy()
-        quarter = _quarters(side)
-        self.products.append(
-            [moments(tokens[inside & (quarter == q)], targets[inside & (quarter == q)]) for q in range(4)]
-        )
+        parts = [_quarters(side) == number for number in range(QUARTERS)] if self.by_quarter else [inside]
+        self.products += [moments(tokens[inside & part], targets[inside & part]) for part in parts]
         rng = np.random.default_rng(int(patch.key[:8], 16))
         chosen = [rng.permutation(np.flatnonzero(inside & (classes == each)))[:TOKENS_PER_PATCH] for each in range(3)]
         kept = np.concatenate(chosen)
         self.tokens.append((tokens[kept], classes[kept]))
 
     def _probe(self) -> dict[str, NDArray[np.float64]]:
-        """Leave out image by image; with a single one, quarter by quarter."""
+        """Leave out image by image, or quarter by quarter; sums are of patches."""
         names = list(dict.fromkeys(self.groups))
-        if len(names) > 1:
-            units = [np.sum(quarters, axis=0) for quarters in self.products]
-            found = leave_one_out(units, [names.index(group) for group in self.groups], len(TARGETS))
-            return sums_of_probe(found.explained, found.spread)
-        units = [unit for quarters in self.products for unit in quarters]
-        found = leave_one_out(units, [index % 4 for index in range(len(units))], len(TARGETS))
-        shape = (len(self.products), 4, len(TARGETS))
+        if self.by_quarter:
+            units = [number % QUARTERS for number in range(len(self.products))]
+        else:
+            units = [names.index(group) for group in self.groups]
+        found = leave_one_out(self.products, units, len(TARGETS))
+        shape = (len(self.groups), -1, len(TARGETS))
         return sums_of_probe(found.explained.reshape(shape).sum(1), found.spread.reshape(shape).sum(1))
 
     def _balanced(self) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:

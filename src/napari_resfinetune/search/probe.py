@@ -99,7 +99,7 @@ def leave_one_out(units: Sequence[Array], groups: Sequence[int], n_targets: int)
     units
         Moments of each unit, for instance of each patch.
     groups
-        Which image each unit belongs to; at least two.
+        Which image each unit belongs to. Where there is nothing else to learn from, nothing is explained.
     n_targets
         Number of targets.
 
@@ -117,7 +117,10 @@ def leave_one_out(units: Sequence[Array], groups: Sequence[int], n_targets: int)
     for share in PENALTIES:
         errors = np.zeros_like(spread)
         for group in np.unique(which):
-            rest = total - scaled[which == group].sum(0)
+            rest = scaled[which != group].sum(0)
+            if rest[0, 0] == 0:  # nothing to learn from
+                errors[which == group] = spread[which == group]
+                continue
             fitted = fit_ridge(rest, n_targets, share * rest[0, 0])
             for index in np.flatnonzero(which == group):
                 errors[index] = _squared_errors(scaled[index], *fitted)

@@ -6,6 +6,7 @@ features alone, training with a frozen image encoder, and training of everything
 
 from __future__ import annotations
 
+import math
 import shutil
 import statistics
 import time
@@ -129,7 +130,8 @@ def whole_times(config: FinetuneConfig, times: StepTimes, each: Suggestion) -> M
 
 
 def _measure(search: Search, name: str) -> StepTimes:
-    frozen = short_training(search, name, 1, output_name=".timing")
+    epochs = math.ceil((STEPS + 1) / search.config.training.steps_per_epoch)
+    frozen = short_training(search, name, epochs, output_name=".timing")
     full = frozen.model_copy(update={"strategy": FullStrategy()})
     return StepTimes(_encode(search, name), _step(search, frozen), _step(search, full))
 
