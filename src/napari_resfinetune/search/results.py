@@ -1,4 +1,4 @@
-"""What a search came to, without torch."""
+"""What a search came to, and what to make of it."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from napari_resfinetune.config import FinetuneConfig, FrozenStrategy, FullStrategy
+from napari_resfinetune.errors import ResFinetuneError
 from napari_resfinetune.events import Event, Step, StopToken
 from napari_resfinetune.models.encoder import run_units
 from napari_resfinetune.models.preprocess import to_model_input
@@ -93,8 +94,10 @@ def time_finetuning(search: Search, ranked: Sequence[Suggestion]) -> list[Sugges
     for each in ranked:
         if each.architecture not in times and not search.stop.stopped:
             search.say(f"{each.architecture}: measuring {STEPS} steps of training, with a frozen encoder and in full")
-            with search.leaving_out(each.model):
+            try:
                 times[each.architecture] = _measure(search, each.model)
+            except ResFinetuneError as error:  # as when training does not fit where a look does
+                search.say(f"{each.architecture}: training cannot be measured ({'; '.join(error.problems)})")
         known = times.get(each.architecture)
         timed.append(replace(each, timing=None if known is None else whole_times(search.config, known, each)))
     return timed
