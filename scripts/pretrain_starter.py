@@ -171,9 +171,7 @@ class Pretraining:
             for patch in batch
         ]
         self.optimizer.zero_grad(set_to_none=True)
-        losses = backward_samples(
-            self.model, batch, plans, self.settings, train_instances=True, weight=1 / len(batch)
-        )
+        losses = backward_samples(self.model, batch, plans, self.settings, train_instances=True, weight=1 / len(batch))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if all(math.isfinite(loss.total) for loss in losses):
             self.optimizer.step()

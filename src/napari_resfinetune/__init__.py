@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         resume,
         segment,
         segment_files,
+        suggest_models,
         train,
     )
     from napari_resfinetune.config import FinetuneConfig
@@ -45,6 +46,7 @@ _HOMES = {
         "resume",
         "segment",
         "segment_files",
+        "suggest_models",
         "train",
     ),
     "config": ("FinetuneConfig",),
@@ -72,6 +74,7 @@ __all__ = [
     "resume",
     "segment",
     "segment_files",
+    "suggest_models",
     "train",
 ]
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from napari_resfinetune.inference import SegmentedFile
     from napari_resfinetune.models import SamModel
     from napari_resfinetune.planning import Plan
+    from napari_resfinetune.search import Suggestions
 
 _LINKING = ("link", "gap_closing", "min_z_extent")
 
@@ -431,6 +432,59 @@ def export_model(model: str | Path, path: str | Path, **options: Any) -> Path:
     from napari_resfinetune.library.export import export_model as export
 
     return export(model, path, **options)
+
+
+def suggest_models(
+    images: Any = None,
+    labels: Any = None,
+    *,
+    candidates: Sequence[str | Path] | str | Path | None = None,
+    output: str | Path | None = None,
+    patches: int = 16,
+    pilot_epochs: int = 0,
+    timing: bool = False,
+    on_event: OnEvent | None = None,
+    stop: StopToken | None = None,
+    **settings: Any,
+) -> Suggestions:
+    """Rank models to start from on images and their labels, before any training.
+
+    Parameters
+    ----------
+    images, labels
+        As for `train`; without labels, models are ranked by how steady their results are.
+    candidates
+        Names, checkpoints, run folders, adapters, or folders of them. By default all models that are downloaded, and
+        the one that comes with the package.
+    output
+        A folder for a report, and for what was computed: a search that was stopped goes on from there.
+    patches
+        Patches of the images that are looked at, at most.
+    pilot_epochs
+        Settle what is too close to call by training for so many epochs with a frozen image encoder.
+    timing
+        Measure what finetuning would take beside the search.
+    on_event, stop
+        As for `train`; `Searched` says how far it is.
+    **settings
+        As for `train`, of the training to come.
+
+    Returns
+    -------
+    Suggestions
+        A sequence, best first, each with ``model``, ``score`` and more; and ``advice``, ``left_out``, ``downloads``.
+
+    Raises
+    ------
+    ConfigError, DataError, ModelError, ResourceError
+        When there is nothing to compare, or nothing to compare it on.
+    """
+    from napari_resfinetune.search import SearchOptions, suggest
+
+    config, images, labels = as_config(images, labels, None, settings)
+    folder = None if output is None else Path(output)
+    options = SearchOptions(candidates, folder, patches, pilot_epochs, timing)
+    return suggest(config, images, labels, options, on_event=on_event, stop=stop)
 
 
 def doctor() -> dict[str, Any]:

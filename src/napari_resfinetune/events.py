@@ -107,6 +107,16 @@ class Message(Event):
 
 
 @dataclass(frozen=True)
+class Searched(Event):
+    """A search for a start model has looked at one more patch with one of the models."""
+
+    model: str
+    done: int
+    total: int
+    seconds_left: float
+
+
+@dataclass(frozen=True)
 class Finished(Event):
     """The run has ended by itself or by request, and what it reached is saved."""
 

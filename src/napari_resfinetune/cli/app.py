@@ -331,6 +331,55 @@ def evaluate(
 
 
 @app.command()
+def suggest(
+    images: Images = None,
+    labels: Labels = None,
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--candidates",
+            "-c",
+            metavar="MODEL",
+            help="Names, checkpoints, run folders, adapters, or folders of them; several may follow. Default: all that "
+            "are downloaded.",
+        ),
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="MODEL...", help="More candidates.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Folder for a report; a stopped search goes on there."),
+    ] = None,
+    patches: Annotated[int, typer.Option(help="Patches of the images that are looked at, at most.")] = 16,
+    pilot: Annotated[int, typer.Option(metavar="EPOCHS", help="Settle close calls by training for so long.")] = 0,
+    timing: Annotated[bool, typer.Option("--timing", help="Measure what finetuning would take beside it.")] = False,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rank models to start from on images and their labels, before any training."""
+    from napari_resfinetune.cli.suggest import SearchProgress, print_suggestions
+
+    with plain_errors():
+        config = _config(None, {"data": _data(images, labels)}, set_)
+        with stop_on_interrupt() as stop, SearchProgress() as progress:
+            found = api.suggest_models(
+                config,
+                candidates=[*(candidates or []), *(more or [])] or None,
+                output=output,
+                patches=patches,
+                pilot_epochs=pilot,
+                timing=timing,
+                on_event=progress,
+                stop=stop,
+            )
+        if as_json:
+            print_json([each.to_dict() for each in found])
+        else:
+            print_suggestions(found)
+    if found.status == "stopped":
+        raise typer.Exit(STOPPED)
+
+
+@app.command()
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="New folder for images, run and picture.")

@@ -67,7 +67,9 @@ def run_demo(output: Path, stop: StopToken, say: Callable[[str], None]) -> dict[
     say(f"the start model is {STARTER!r}, which comes with this package")
     images, labels = (output / "samples" / "train" / kind for kind in ("images", "labels"))
     with TrainingProgress() as progress:
-        result = api.train(images, labels, model=STARTER, output=output / "run", on_event=progress, stop=stop, **SETTINGS)
+        result = api.train(
+            images, labels, model=STARTER, output=output / "run", on_event=progress, stop=stop, **SETTINGS
+        )
     outcome: dict[str, Any] = {"status": result.status, "run_dir": str(result.run_dir), "seconds": result.seconds}
     if result.best_epoch < 0:
         return outcome

@@ -30,7 +30,7 @@ def plain_errors() -> Iterator[None]:
         yield
     except ResFinetuneError as error:
         for problem in error.problems:
-            errors.print(f"[bold red]error:[/] {_escape(problem)}")
+            errors.print(f"[bold red]error:[/] {escape(problem)}")
         raise typer.Exit(error.exit_status) from None
     except KeyboardInterrupt:
         errors.print("stopped")
@@ -67,7 +67,7 @@ def print_table(columns: Mapping[str, str], rows: list[list[str]], title: str | 
     for name, justify in columns.items():
         table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_escape(cell) for cell in row))
+        table.add_row(*(escape(cell) for cell in row))
     results.print(table)
 
 
@@ -100,13 +100,13 @@ class TrainingProgress:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         if isinstance(event, Message):
-            self._bar.console.print(_escape(event.text))
+            self._bar.console.print(escape(event.text))
         elif isinstance(event, Started):
             self._epochs, self._steps = event.epochs, event.steps_per_epoch
             self._limit = "" if event.memory_limit_gb is None else f" of {event.memory_limit_gb:.1f}"
             done = event.epoch * event.steps_per_epoch + event.step
             self._bar.console.print(
-                f"training on {event.device} in {event.precision}, writing to {_escape(event.run_dir)}"
+                f"training on {event.device} in {event.precision}, writing to {escape(event.run_dir)}"
             )
             self._bar.reset(self._task, total=event.epochs * event.steps_per_epoch, completed=done, detail="")
             self._bar.update(self._task, description=f"epoch {event.epoch + 1} of up to {event.epochs}")
@@ -120,7 +120,7 @@ class TrainingProgress:
         elif isinstance(event, MemoryLever):
             changes = ", which changes training" if event.changes_training else ""
             self._bar.console.print(
-                f"memory: {_escape(event.reason)}; going on with {event.lever}={event.after} instead of "
+                f"memory: {escape(event.reason)}; going on with {event.lever}={event.after} instead of "
                 f"{event.before}{changes}"
             )
         elif isinstance(event, EpochEnded):
@@ -161,13 +161,14 @@ class WindowProgress:
         """Show windows done and in all of an image."""
         if name != self._name:
             self._name = name
-            self._bar.reset(self._task, total=total, description=_escape(name))
+            self._bar.reset(self._task, total=total, description=escape(name))
         self._bar.update(self._task, completed=done)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.console.print(_escape(text))
+        self._bar.console.print(escape(text))
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Keep rich from taking brackets for markup."""
     return text.replace("[", r"\[")

@@ -174,6 +174,10 @@ class TrainingPatches(_Patches):
         return self._draw(int(order[position]))._replace(number=index)
 
     def _draw(self, index: int) -> Patch:
+        return self.draw_from(index)[0]
+
+    def draw_from(self, index: int) -> tuple[Patch, Region]:
+        """Draw a patch, and say which region it is from; in a bank these are the patches of its first round."""
         epoch, position = divmod(index, self.samples_per_epoch)
         order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.by_image))
         rng = np.random.default_rng([self.seed, 2, index])
@@ -187,7 +191,7 @@ class TrainingPatches(_Patches):
             image, labels = augment(*self._read(window), self.data.augment, rng)
             patch = self._finish(image, labels, index)
             if patch is not None:
-                return patch
+                return patch, region
         raise DataError(
             f"no training image has an object of {self.data.min_object_px} px or more; lower data.min_object_px"
         )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.data.patches import TrainingPatches, ValidationPatches
 from napari_resfinetune.models import SamModel
+from napari_resfinetune.models.encoder import Unit
 from napari_resfinetune.planning.memory import GB
 from napari_resfinetune.training.feature_cache import FeatureCache, name_of_part
 from napari_resfinetune.training.run_folder import RunFolder
@@ -19,13 +20,15 @@ def open_features(
 ) -> FeatureCache:
     """Open the cache for the weights as they are now."""
     resources = config.resources
-    part = name_of_part(
-        frozen_units(model, settings),
-        input_px=settings.input_px,
-        positions=settings.positions,
-        autocast=str(settings.autocast),
-    )
+    part = name_of_units(frozen_units(model, settings), settings)
     return FeatureCache(resources.feature_cache_dir or run.features, part, resources.feature_cache_gb, say)
+
+
+def name_of_units(units: Sequence[Unit], settings: StepSettings) -> str:
+    """Return the name in the cache of the first units of an image encoder, as the settings compute them."""
+    return name_of_part(
+        units, input_px=settings.input_px, positions=settings.positions, autocast=str(settings.autocast)
+    )
 
 
 def announce(

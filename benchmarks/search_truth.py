@@ -1,0 +1,265 @@
+"""Does the search find the model that is best after finetuning? Its ranking against the truth, on real images.
+
+    python benchmarks/search_truth.py WORK --data DATA --start start.pt --targets fluo_mixed histology
+
+`DATA` holds a folder for each modality, with `images/` and `labels/`. Candidates are made on the spot: the start model,
+the start model finetuned on each of `--makers` by each of `--strategies`, untrained weights, a model trained from them
+for as short a time, and blends of the start model with untrained weights, which know less and less. The truth is the
+SA50 of the automatic segmentation on images that neither search nor training has seen, after every candidate was
+finetuned with one fixed small budget. Everything is kept in `WORK`; a run that was stopped goes on there.
+
+The table says Kendall's tau between ranking and truth, of the combined score and of each part alone, and the regret of
+the first choice: how much SA50 is lost against the best candidate. `--table` prints it from what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import kendalltau
+
+import napari_resfinetune as rf
+from napari_resfinetune.config import make_config
+from napari_resfinetune.models import load_model, save_model
+from napari_resfinetune.search import SearchOptions, suggest
+from napari_resfinetune.search.features import SharedEncoder
+from napari_resfinetune.search.patches import search_patches
+from napari_resfinetune.search.zero_shot import score_patch
+from napari_resfinetune.training.step import StepSettings
+
+HALF, UNTRAINED = "half-trained", "random:vit_t"
+SEED = 0
+
+
+def main() -> None:
+    """Make candidates, finetune each, search, and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--start", type=Path)
+    parser.add_argument("--makers", nargs="+", default=["fluo_mixed", "histology", "phase_t98g"])
+    parser.add_argument("--strategies", nargs="+", default=["full", "frozen", "late"])
+    parser.add_argument("--blends", nargs="*", type=float, default=[0.9, 0.7, 0.5], help="shares of the start model")
+    parser.add_argument("--targets", nargs="+", default=["fluo_mixed"])
+    parser.add_argument("--learn", default="instances", choices=["instances", "both"], help="which decoders learn")
+    parser.add_argument("--steps", type=int, default=48, help="of the training that makes a candidate")
+    parser.add_argument("--truth-steps", type=int, default=96, help="of the finetuning whose outcome is the truth")
+    parser.add_argument("--patches", type=int, default=16, help="that the search looks at")
+    parser.add_argument("--images", type=int, default=4, help="to search and to finetune on")
+    parser.add_argument("--test-patches", type=int, default=16)
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    for modality in options.targets:
+        if not options.table:
+            candidates = make_candidates(options)
+            (options.work / modality).mkdir(exist_ok=True)
+            search(options, modality, candidates)
+            truth(options, modality, candidates)
+        print(table(options.work / modality))
+
+
+def settings(options: argparse.Namespace, steps: int) -> dict[str, Any]:
+    """Return what all trainings have in common: a quarter of the field of view, few steps."""
+    return {
+        "data": {"patch_px": 128},
+        "training": {
+            "input_px": 256,
+            "targets": options.learn,
+            "learning_rate": 3e-4,
+            "epochs": 1,
+            "samples_per_epoch": steps,
+            "objects": 5,
+            "sub_iterations": 3,
+            "early_stopping": None,
+        },
+        "resources": {"precision": "fp32", "device": "cpu", "threads": 1},
+    }
+
+
+def files(options: argparse.Namespace, modality: str) -> dict[str, list[list[Path]]]:
+    """Return images and labels to learn from, and others to be judged on."""
+    folder = options.data / modality
+    images = sorted((folder / "images").iterdir())
+    labels = [next((folder / "labels").glob(f"{path.stem}.*")) for path in images]
+    count = min(options.images, len(images) - 1)
+    return {"learn": [images[:count], labels[:count]], "test": [images[count:], labels[count:]]}
+
+
+def make_candidates(options: argparse.Namespace) -> list[str]:
+    """Finetune the start model on each modality by each strategy, for a short time; return all candidates."""
+    made = [str(options.start), UNTRAINED]
+    todo: list[tuple[str, str, str]] = [
+        (f"{maker}-{strategy}", maker, strategy) for maker in options.makers for strategy in options.strategies
+    ]
+    for name, maker, strategy in [*todo, (HALF, options.makers[0], "full")]:
+        run = options.work / "candidates" / name
+        if not (run / "model.pt").is_file():
+            shutil.rmtree(run, ignore_errors=True)
+            chosen = settings(options, options.steps)
+            if name == HALF:
+                chosen["training"]["batch_norm"] = "measure"
+            images, labels = files(options, maker)["learn"]
+            start = UNTRAINED if name == HALF else options.start
+            timed(f"make {name}", lambda: rf.train(
+                images, labels, model=start, strategy=strategy, output=run, **chosen))  # noqa: B023  # fmt: skip
+            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        made.append(str(run))
+    return made + [str(blend(options, share)) for share in options.blends]
+
+
+def blend(options: argparse.Namespace, share: float) -> Path:
+    """Write a model whose weights lie between untrained ones and those of the start model."""
+    path = options.work / "candidates" / f"blend-{share:g}.pt"
+    if not path.is_file():
+        model = load_model(options.start, decoder="required")
+        untrained = load_model(UNTRAINED, decoder="new", seed=SEED).state_dict()
+        state = {
+            name: torch.lerp(untrained[name], tensor, share) if tensor.is_floating_point() else tensor
+            for name, tensor in model.state_dict().items()
+        }
+        model.load_state_dict(state)
+        save_model(path, model)
+    return path
+
+
+def truth(options: argparse.Namespace, modality: str, candidates: list[str]) -> None:
+    """Finetune every candidate alike and score it on unseen images."""
+    folder = options.work / modality
+    found = read(folder / "truth.json")
+    chosen = settings(options, options.truth_steps)
+    images, labels = files(options, modality)["learn"]
+    # In any order, so that a part of them is not a part of one kind.
+    for candidate in np.random.default_rng(SEED).permutation(candidates).tolist():
+        if candidate in found:
+            continue
+        run = folder / ".finetuned"
+        shutil.rmtree(run, ignore_errors=True)
+        seconds = timed(f"{modality}: finetune {candidate}", lambda: rf.train(
+            images, labels, model=candidate, output=run, **chosen))  # noqa: B023  # fmt: skip
+        found[candidate] = {"sa50": sa50(options, modality, run), "seconds": seconds}
+        write(folder / "truth.json", found)
+        shutil.rmtree(run)
+
+
+def sa50(options: argparse.Namespace, modality: str, model: Path) -> float:
+    """Return the SA50 of the automatic segmentation on patches of unseen images."""
+    config = make_config(settings(options, options.truth_steps), "benchmark")
+    patches = search_patches(config, *files(options, modality)["test"], options.test_patches).patches
+    loaded = load_model(model, decoder="required")
+    step = StepSettings(input_px=config.training.input_px)
+    embed = SharedEncoder(options.work / "features", step, 1.0, print).open(loaded, ())
+    rows = [score_patch(loaded, each.patch, embed(each.patch), step)["ais_sa50"] for each in patches]
+    shutil.rmtree(options.work / "features", ignore_errors=True)
+    matched, together = np.sum(rows, axis=0)
+    return float(matched / together)
+
+
+def search(options: argparse.Namespace, modality: str, candidates: list[str]) -> None:
+    """Rank the candidates, with what their encoders share computed once, and without."""
+    config = make_config(settings(options, options.truth_steps), "benchmark")
+    for name, share in (("shared", True), ("alone", False)):
+        path = options.work / modality / f"search-{name}.json"
+        if path.is_file():
+            continue
+        out = options.work / modality / f"search-{name}"
+        shutil.rmtree(out, ignore_errors=True)
+        began = time.perf_counter()
+        found = suggest(
+            config,
+            *files(options, modality)["learn"],
+            SearchOptions(candidates, out, options.patches, share=share, halving=False),
+        )
+        print(f"{modality}: search {name} {time.perf_counter() - began:.0f} s", flush=True)
+        write(path, found.to_dict())
+
+
+def table(folder: Path) -> str:
+    """Return the comparison as markdown, and write it beside its numbers."""
+    known = {name: value["sa50"] for name, value in read(folder / "truth.json").items()}
+    found = {name: read(folder / f"search-{name}.json") for name in ("shared", "alone")}
+    ranked = {each["model"]: each for each in found["shared"]["ranked"] if each["model"] in known}
+    models = [model for model in candidates_in(folder.parent, ranked) if model in known]
+    if not models:
+        return f"{folder.name}: no candidate was finetuned yet"
+    best = max(known[model] for model in models)
+    rules: dict[str, Callable[[str], float]] = {
+        "combined": lambda model: ranked[model]["score"],
+        **{
+            name: lambda model, name=name: ranked[model]["scores"].get(name, 0.0)  # type: ignore[misc]
+            for name in ("ais_sa50", "probe_r2", "logme_share", "logme", "box_iou", "point_iou")
+        },
+        "always the last made": lambda model: float(models.index(model)),
+    }
+    lines = [
+        f"## {folder.name}: {len(models)} candidates",
+        "",
+        "| rule | Kendall tau | regret in SA50 |",
+        "|---|---|---|",
+    ]
+    for name, rule in rules.items():
+        values = [rule(model) for model in models]
+        tau = kendalltau(values, [known[model] for model in models]).statistic
+        lines.append(f"| {name} | {tau:.2f} | {best - known[models[int(np.argmax(values))]]:.3f} |")
+    starts = [model for model in models if Path(model).suffix == ".pt" and "blend" not in model]
+    lines += [f"| always the start model | | {best - known[model]:.3f} |" for model in starts]
+    lines.append(f"| at random, on average | 0 | {best - np.mean([known[model] for model in models]):.3f} |")
+    lines += ["", "| candidate | SA50 after finetuning | score | automatic SA50 before |", "|---|---|---|---|"]
+    for model in sorted(models, key=lambda model: -known[model]):
+        before = ranked[model]["scores"].get("ais_sa50", 0.0)
+        lines.append(f"| {Path(model).name} | {known[model]:.3f} | {ranked[model]['score']:.3f} | {before:.3f} |")
+    seconds = {name: [sum_of(each, "load", "encode", "score") for each in found[name]["ranked"]] for name in found}
+    encoding = {name: sum(each["seconds"]["encode"] for each in found[name]["ranked"]) for name in found}
+    finetuning = [value["seconds"] for value in read(folder / "truth.json").values()]
+    lines += [
+        "",
+        f"finetuning {np.mean(finetuning):.1f} s a model, search {np.mean(seconds['shared']):.1f} s "
+        f"({np.mean(finetuning) / np.mean(seconds['shared']):.1f} times faster); image encoders "
+        f"{encoding['shared']:.1f} s with shared blocks, {encoding['alone']:.1f} s without "
+        f"({encoding['alone'] / encoding['shared']:.2f} times)",
+    ]
+    text = "\n".join(lines)
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def candidates_in(work: Path, ranked: dict[str, Any]) -> list[str]:
+    """Return the candidates in the order in which they were made."""
+    made = {str(path): path.stat().st_mtime for path in (work / "candidates").iterdir()}
+    return sorted(ranked, key=lambda model: made.get(model, 0.0))
+
+
+def sum_of(each: dict[str, Any], *names: str) -> float:
+    """Add up what a model of a ranking took."""
+    return float(sum(each["seconds"][name] for name in names))
+
+
+def timed(what: str, action: Callable[[], Any]) -> float:
+    """Return the seconds that an action takes, and say them."""
+    began = time.perf_counter()
+    action()
+    seconds = time.perf_counter() - began
+    print(f"{what}: {seconds:.0f} s", flush=True)
+    return seconds
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read JSON; nothing when it is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON."""
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

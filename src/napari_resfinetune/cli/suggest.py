@@ -1,0 +1,79 @@
+"""What the command says of a search."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from napari_resfinetune.cli.output import errors, escape, print_table, results
+from napari_resfinetune.events import Event, Message, Searched
+from napari_resfinetune.planning.planner import duration
+
+
+class SearchProgress:
+    """Progress bar over patches and models."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[detail]}"),
+            console=errors,
+            transient=True,
+        )
+        self._task = self._bar.add_task("preparing", total=None, detail="")
+
+    def __enter__(self) -> SearchProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, Message):
+            self._bar.console.print(escape(event.text))
+        elif isinstance(event, Searched):
+            self._bar.update(
+                self._task,
+                total=event.total,
+                completed=event.done,
+                description=escape(event.model),
+                detail=f"{duration(event.seconds_left)} left",
+            )
+
+
+def print_suggestions(found: Any) -> None:
+    """Print the ranking, what it means, and what to do."""
+    from napari_resfinetune.search.report import SCORES, break_even_in_words
+
+    names = [name for name in SCORES if any(name in each.scores for each in found)]
+    columns = {"": "right", "model": "left", "score": "right", "95 %": "right"}
+    columns |= {SCORES[name]: "right" for name in names} | {"time": "right"}
+    rows = []
+    for each in found:
+        interval = "" if each.low is None else f"{each.low:.2f}-{each.high:.2f}"
+        scores = [f"{each.scores[name]:.2f}" if name in each.scores else "" for name in names]
+        rank = f"{each.rank}{' ≈' if each.too_close else ''}"
+        spent = duration(sum(each.seconds.values()))
+        rows.append([rank, each.model, f"{each.score:.3f}", interval, *scores, spent])
+    print_table(columns, rows)
+    for note in found.notes:
+        results.print(f"note    {escape(note)}")
+    for each in found.left_out:
+        results.print(f"left out  {escape(each.model)}: {escape(each.reason)}")
+    if found.downloads:
+        names = [f"{each.model} ({each.size_mb} MB)" for each in found.downloads]
+        results.print(f"a download would add {', '.join(names)}; name them as candidates")
+    words = break_even_in_words(found.ranked)
+    if words:
+        results.print(words)
+    results.print(f"advice  {escape(found.advice)}")
+    if found.report is not None:
+        results.print(f"report  {found.report}")
+    if found.features is not None:
+        results.print(f"the features stay: --set resources.feature_cache_dir={found.features}")

@@ -1,0 +1,138 @@
+"""Which models are compared: names, checkpoints, run folders, folders of runs, adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from napari_resfinetune.errors import ModelError, ResFinetuneError
+from napari_resfinetune.models import ModelLocation, is_downloaded, resolve_model
+from napari_resfinetune.models.adapter_files import DECODERS, is_adapter
+from napari_resfinetune.models.names import KNOWN_MODELS
+from napari_resfinetune.models.weights import load_safetensors, load_state
+
+# The start model that comes with the package.
+STARTER = "starter"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that can be compared.
+
+    Attributes
+    ----------
+    model
+        As it was asked for, so what to give as ``model``.
+    location
+        Its files.
+    has_decoder
+        Whether it brings an instance decoder.
+    """
+
+    model: str
+    location: ModelLocation
+    has_decoder: bool
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A model that could not be compared, and why."""
+
+    model: str
+    reason: str
+
+    def to_dict(self) -> dict[str, str]:
+        """Return plain data."""
+        return {"model": self.model, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Download:
+    """A model that was not asked for and is not on this machine."""
+
+    model: str
+    size_mb: int
+    advice: str
+
+    def to_dict(self) -> dict[str, str | int]:
+        """Return plain data."""
+        return {"model": self.model, "size_mb": self.size_mb, "advice": self.advice}
+
+
+def find_candidates(
+    asked: Sequence[str | Path] | str | Path | None,
+) -> tuple[tuple[Candidate, ...], tuple[LeftOut, ...]]:
+    """Find the models to compare; names that are not on this machine yet are downloaded.
+
+    Parameters
+    ----------
+    asked
+        Names, paths of checkpoints, run folders, adapters, or folders that hold some of these; `None` for everything
+        that is downloaded already, and the start model that comes with the package.
+
+    Returns
+    -------
+    found
+        Those that can be opened, each once.
+    left_out
+        The others.
+
+    Raises
+    ------
+    ModelError
+        When none can be opened, with the reason for each.
+    """
+    found: list[Candidate] = []
+    left_out: list[LeftOut] = []
+    for model in dict.fromkeys(_expand(asked)):
+        try:
+            location = resolve_model(model)
+            found.append(Candidate(model, location, _has_decoder(location)))
+        except ResFinetuneError as error:
+            left_out.append(LeftOut(model, "; ".join(error.problems)))
+    if not found:
+        wanted = [f"{each.model}: {each.reason}" for each in left_out] if asked is not None else []
+        raise ModelError(
+            *(wanted or ["candidates: no model is downloaded yet"]),
+            "give models to compare, as in --candidates vit_b vit_b_lm runs/",
+        )
+    return tuple(found), tuple(left_out)
+
+
+def possible_downloads(asked: Sequence[str]) -> tuple[Download, ...]:
+    """Return the known models that are neither compared nor on this machine, smallest first."""
+    missing = [known for known in KNOWN_MODELS if known.name not in asked and not is_downloaded(known.name)]
+    return tuple(Download(m.name, m.size_mb, m.advice) for m in sorted(missing, key=lambda m: m.size_mb))
+
+
+def _expand(asked: Sequence[str | Path] | str | Path | None) -> Iterator[str]:
+    if asked is None:
+        yield STARTER
+        yield from (known.name for known in KNOWN_MODELS if is_downloaded(known.name))
+        return
+    for item in [asked] if isinstance(asked, str | Path) else asked:
+        inside = list(_models_in(Path(item).expanduser())) if Path(item).expanduser().is_dir() else []
+        yield from inside or [str(item)]
+
+
+def _models_in(folder: Path) -> Iterator[str]:
+    """Go through the models of a folder that is none itself: run folders, adapters, checkpoints."""
+    if _is_model(folder):
+        return
+    for entry in sorted(folder.iterdir()):
+        if (entry.is_dir() and _is_model(entry)) or (entry.suffix.lower() in (".pt", ".pth") and entry.is_file()):
+            yield str(entry)
+
+
+def _is_model(folder: Path) -> bool:
+    marks = ("model.pt", "state.json", "config.yaml")
+    return is_adapter(folder) or any((folder / name).is_file() for name in marks)
+
+
+def _has_decoder(location: ModelLocation) -> bool:
+    if location.adapter is not None:
+        return any(name.startswith("instance_decoder.") for name in load_safetensors(location.adapter / DECODERS))
+    if location.path is None:
+        return False
+    return location.decoder_path is not None or load_state(location.path).decoder_state is not None

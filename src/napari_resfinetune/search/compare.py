@@ -1,0 +1,144 @@
+"""All models of a search, patch by patch, the worse half dropped while there are many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from napari_resfinetune.errors import ModelError
+from napari_resfinetune.events import Searched
+from napari_resfinetune.models import SamModel, weights_hash
+from napari_resfinetune.search.candidates import Candidate
+from napari_resfinetune.search.features import hash_units, shared_cuts
+from napari_resfinetune.search.measure import Scored, key_of
+from napari_resfinetune.search.ranking import Standing, rank
+from napari_resfinetune.search.state import Entry, Search
+
+# More models than this are halved (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943): each round looks at
+# twice as many patches with half of the models.
+HALVE_FROM = 8
+LEAST_PATCHES = 4
+
+
+def load_all(search: Search, candidates: Sequence[Candidate], *, share: bool) -> None:
+    """Load every model once, leave out those that cannot be used or are there twice, and find what they share."""
+    seen: dict[str, str] = {}
+    by_quarter = len(search.data.groups) == 1
+    for candidate in candidates:
+        if search.stop.stopped:
+            break
+        began = time.perf_counter()
+        with search.leaving_out(candidate.model):
+            model = search.shelf.get(candidate)
+            weights = _hash(model)
+            if weights in seen:
+                raise ModelError(f"the same weights as {seen[weights]}")
+            seen[weights] = candidate.model
+            entry = Entry(
+                candidate, Scored(key_of(weights, search.settings), by_quarter), hash_units(model, search.settings)
+            )
+            entry.scored.seconds["load"] = time.perf_counter() - began
+            search.entries[candidate.model] = entry
+    if share:
+        cuts = shared_cuts({name: entry.units for name, entry in search.entries.items()})
+        for name, entry in search.entries.items():
+            entry.cuts = cuts[name]
+
+
+def compare(search: Search, *, halving: bool) -> list[Standing]:
+    """Look at patches with all models and rank them.
+
+    Parameters
+    ----------
+    search
+        With its models loaded.
+    halving
+        Drop the worse half of many models after a look at a few patches.
+
+    Raises
+    ------
+    ModelError
+        When none can be used, with the reason for each.
+    """
+    rounds = plan_rounds(len(search.entries), len(search.data.patches), halving=halving)
+    chosen = list(search.entries)
+    progress = _Progress(search, rounds)
+    standings: list[Standing] = []
+    for models, patches in rounds:
+        chosen = chosen[:models]
+        for name in chosen:
+            if not search.stop.stopped and name in search.entries:
+                _look(search, name, patches, progress)
+        standings = _standings(search)
+        chosen = [each.model for each in standings]
+        if search.stop.stopped:
+            break
+    if not standings and not search.stop.stopped:
+        raise ModelError(*(f"{each.model}: {each.reason}" for each in search.left_out))
+    return standings
+
+
+def plan_rounds(models: int, patches: int, *, halving: bool) -> list[tuple[int, int]]:
+    """Return for each round how many models look at how many patches, counted from the first.
+
+    Parameters
+    ----------
+    models, patches
+        How many there are.
+    halving
+        Whether there may be more than one round.
+    """
+    halvings = 0
+    if halving and models > HALVE_FROM:
+        while models >> (halvings + 1) >= HALVE_FROM // 2 and patches >> (halvings + 1) >= LEAST_PATCHES:
+            halvings += 1
+    return [(-(-models // 2**number), patches >> (halvings - number)) for number in range(halvings + 1)]
+
+
+class _Progress:
+    """Says how far the search is."""
+
+    def __init__(self, search: Search, rounds: Sequence[tuple[int, int]]) -> None:
+        self.search = search
+        self.done = 0
+        before = 0
+        self.total = 0
+        for models, patches in rounds:
+            self.total += models * (patches - before)
+            before = patches
+        self.began = time.monotonic()
+
+    def step(self, model: str) -> None:
+        self.done += 1
+        each = (time.monotonic() - self.began) / self.done
+        self.search.tell(Searched(model, self.done, self.total, each * max(0, self.total - self.done)))
+
+
+def _look(search: Search, name: str, patches: int, progress: _Progress) -> None:
+    scored = search.entries[name].scored
+    with search.leaving_out(name):
+        began = time.perf_counter()
+        model, embed = search.open(name)
+        scored.seconds["load"] += time.perf_counter() - began
+        look = scored.look if search.data.labelled else scored.look_unlabelled
+        for patch in search.data.patches[len(scored.rows) : patches]:
+            if search.stop.stopped:
+                break
+            look(patch, model, embed, search.settings, search.store)
+            progress.step(name)
+    search.store.save()
+
+
+def _standings(search: Search) -> list[Standing]:
+    began = time.perf_counter()
+    evidence = {name: entry.scored.evidence() for name, entry in search.entries.items() if entry.scored.rows}
+    for name in evidence:
+        search.entries[name].scored.seconds["score"] += (time.perf_counter() - began) / len(evidence)
+    return rank(evidence, [patch.group for patch in search.data.patches], search.weights)
+
+
+def _hash(model: SamModel) -> str:
+    state = {f"sam.{name}": tensor for name, tensor in model.sam.state_dict().items()}
+    if model.instance_decoder is not None:
+        state |= {f"instance_decoder.{name}": value for name, value in model.instance_decoder.state_dict().items()}
+    return weights_hash(state)

@@ -1,0 +1,210 @@
+"""One model on some patches: embeddings, scores of each patch, and what they add up to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from napari_resfinetune.data.patches import Patch
+from napari_resfinetune.errors import ConfigError, ModelError
+from napari_resfinetune.models import SamModel
+from napari_resfinetune.search.logme import explained_share
+from napari_resfinetune.search.patches import SearchPatch, token_targets
+from napari_resfinetune.search.probe import TARGETS, leave_one_out, moments
+from napari_resfinetune.search.ranking import Evidence, sums_of_probe
+from napari_resfinetune.search.zero_shot import perturb, score_patch, steadiness
+from napari_resfinetune.training.step import StepSettings
+
+# Tokens of each class that LogME looks at, in all and of one patch.
+TOKENS_PER_CLASS, TOKENS_PER_PATCH = 400, 100
+QUARTERS = 4
+FORMAT = 1
+Embed = Callable[[Patch], Tensor]
+
+
+@dataclass
+class Scored:
+    """What is known of one model so far; `patches` are looked at in order.
+
+    Attributes
+    ----------
+    key
+        Hash of its weights and of how patches are brought to it.
+    by_quarter
+        Whether the probe leaves out quarters of patches, as there is a single image.
+    rows
+        Zero-shot scores of each patch.
+    seconds
+        What took how long.
+    """
+
+    key: str
+    by_quarter: bool = False
+    rows: list[Mapping[str, tuple[float, float]]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "encode": 0.0, "score": 0.0})
+    groups: list[str] = field(default_factory=list)
+    products: list[NDArray[np.float64]] = field(default_factory=list)
+    tokens: list[tuple[NDArray[np.float32], NDArray[np.int64]]] = field(default_factory=list)
+
+    def look(
+        self, patch: SearchPatch, model: SamModel, embed: Embed, settings: StepSettings, store: ScoreStore
+    ) -> None:
+        """Score the model on one more patch with labels.
+
+        Raises
+        ------
+        ModelError
+            When what the image encoder gives are no numbers.
+        """
+        began = time.perf_counter()
+        embedding = _numbers(embed(patch.patch), model)
+        encoded = time.perf_counter()
+        row = store.get(self.key, patch.key)
+        if row is None:
+            row = score_patch(model, patch.patch, embedding, settings)
+            store.put(self.key, patch.key, row)
+        self._learn_tokens(patch, embedding)
+        self._done(patch, row, encoded - began, time.perf_counter() - encoded)
+
+    def look_unlabelled(
+        self, patch: SearchPatch, model: SamModel, embed: Embed, settings: StepSettings, store: ScoreStore
+    ) -> None:
+        """The same for a patch without labels."""
+        began = time.perf_counter()
+        row = store.get(self.key, patch.key)
+        encoded = began
+        if row is None:
+            embedding = _numbers(embed(patch.patch), model)
+            changed = _numbers(embed(perturb(patch.patch, patch.patch.number)), model)
+            encoded = time.perf_counter()
+            row = steadiness(model, patch.patch, embedding, changed, settings)
+            store.put(self.key, patch.key, row)
+        self._done(patch, row, encoded - began, time.perf_counter() - encoded)
+
+    def evidence(self) -> Evidence:
+        """Add up what is known."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        sums = {name: np.array([row[name] for row in self.rows], np.float64) for name in names}
+        whole: dict[str, float] = {}
+        if self.products:
+            sums |= self._probe()
+            classes = self._balanced()
+            if classes is not None:
+                whole["logme"], whole["logme_share"] = explained_share(*classes)
+        return Evidence(sums, whole)
+
+    def _done(self, patch: SearchPatch, row: Mapping[str, tuple[float, float]], encode: float, score: float) -> None:
+        self.rows.append(row)
+        self.groups.append(patch.group)
+        self.seconds["encode"] += encode
+        self.seconds["score"] += score
+
+    def _learn_tokens(self, patch: SearchPatch, embedding: Tensor) -> None:
+        side = int(embedding.shape[-1])
+        targets, classes, inside = token_targets(patch.patch, side)
+        tokens = embedding[0].flatten(1).T.cpu().numpy()
+        parts = [_quarters(side) == number for number in range(QUARTERS)] if self.by_quarter else [inside]
+        self.products += [moments(tokens[inside & part], targets[inside & part]) for part in parts]
+        rng = np.random.default_rng(int(patch.key[:8], 16))
+        chosen = [rng.permutation(np.flatnonzero(inside & (classes == each)))[:TOKENS_PER_PATCH] for each in range(3)]
+        kept = np.concatenate(chosen)
+        self.tokens.append((tokens[kept], classes[kept]))
+
+    def _probe(self) -> dict[str, NDArray[np.float64]]:
+        """Leave out image by image, or quarter by quarter; sums are of patches."""
+        names = list(dict.fromkeys(self.groups))
+        if self.by_quarter:
+            units = [number % QUARTERS for number in range(len(self.products))]
+        else:
+            units = [names.index(group) for group in self.groups]
+        found = leave_one_out(self.products, units, len(TARGETS))
+        shape = (len(self.groups), -1, len(TARGETS))
+        return sums_of_probe(found.explained.reshape(shape).sum(1), found.spread.reshape(shape).sum(1))
+
+    def _balanced(self) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
+        """Return as many tokens of each class as there are of the rarest; `None` when there is one class only."""
+        tokens, classes = (np.concatenate([part[i] for part in self.tokens]) for i in (0, 1))
+        there, counts = np.unique(classes, return_counts=True)
+        if len(there) < 2:
+            return None
+        count = min(int(counts.min()), TOKENS_PER_CLASS)
+        rng = np.random.default_rng(0)
+        chosen = np.concatenate([rng.permutation(np.flatnonzero(classes == each))[:count] for each in there])
+        return tokens[chosen], classes[chosen]
+
+
+class ScoreStore:
+    """Scores of patches that were computed before, in one file, so that a search can go on where it stopped.
+
+    Parameters
+    ----------
+    path
+        The file; `None` keeps nothing.
+
+    Raises
+    ------
+    ConfigError
+        When the file is damaged.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._rows: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
+        if path is None or not path.is_file():
+            return
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] == FORMAT:
+                self._rows = {
+                    key: {
+                        patch: {name: (float(a), float(b)) for name, (a, b) in row.items()}
+                        for patch, row in rows.items()
+                    }
+                    for key, rows in content["rows"].items()
+                }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error}); delete it, and scores are computed again") from None
+
+    def get(self, key: str, patch: str) -> Mapping[str, tuple[float, float]] | None:
+        """Return the scores of a model on a patch, if they are there."""
+        return self._rows.get(key, {}).get(patch)
+
+    def put(self, key: str, patch: str, row: Mapping[str, tuple[float, float]]) -> None:
+        """Remember the scores of a model on a patch."""
+        self._rows.setdefault(key, {})[patch] = dict(row)
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        if self.path is None:
+            return
+        new = self.path.with_name(f".{self.path.name}.new")
+        new.write_text(json.dumps({"format": FORMAT, "rows": self._rows}), encoding="utf-8")
+        os.replace(new, self.path)
+
+
+def key_of(weights: str, settings: StepSettings) -> str:
+    """Return the name of a model and of how patches are brought to it."""
+    described = json.dumps([weights, settings.input_px, settings.positions, str(settings.autocast)])
+    return hashlib.sha256(described.encode()).hexdigest()[:32]
+
+
+def _numbers(embedding: Tensor, model: SamModel) -> Tensor:
+    if not bool(torch.isfinite(embedding).all()):
+        raise ModelError(f"{model.name}: its image encoder gives values that are no numbers; use another checkpoint")
+    return embedding
+
+
+def _quarters(side: int) -> NDArray[np.int64]:
+    """Return which quarter of the patch each token is in."""
+    half = np.arange(side) >= side / 2
+    return np.asarray((2 * half[:, None] + half[None, :]).ravel().astype(np.int64))

@@ -1,0 +1,103 @@
+"""A short training of the first few models, to settle what is too close to call."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from napari_resfinetune.config import FinetuneConfig, FrozenStrategy
+from napari_resfinetune.models import load_model
+from napari_resfinetune.search.ranking import Standing
+from napari_resfinetune.search.state import Search
+from napari_resfinetune.search.zero_shot import score_patch
+from napari_resfinetune.training.session import run_training
+
+MOST_PILOTS = 4
+
+
+def run_pilots(search: Search, standings: Sequence[Standing], epochs: int) -> list[Standing]:
+    """Train the first model, and those that are too close to it to call, for a few epochs, and put the best first.
+
+    The image encoder stays frozen, so that its embeddings come from the cache; it is the ordinary trainer. What the
+    trained models score on held-out patches, without any part that training does not change, decides.
+
+    Parameters
+    ----------
+    search
+        After its comparison.
+    standings
+        What it came to.
+    epochs
+        0 trains nothing.
+
+    Returns
+    -------
+    list of Standing
+        With ``scores["pilot"]`` for those that were trained.
+    """
+    leading = [each for each in standings if each.close or each is standings[0]][:MOST_PILOTS]
+    if not epochs or len(leading) < 2 or search.stop.stopped or not search.data.can_train:
+        return list(standings)
+    found: dict[str, float] = {}
+    for each in leading:
+        search.say(f"{each.model}: trained for {epochs} epochs with a frozen image encoder, to settle a close call")
+        with search.leaving_out(each.model):
+            found[each.model] = _pilot(search, each.model, epochs)
+        if search.stop.stopped:
+            return list(standings)
+    known = [
+        replace(each, scores={**each.scores, "pilot": found[each.model]}) if each.model in found else each
+        for each in standings
+        if each.model in search.entries
+    ]
+    first = sorted((each for each in known if "pilot" in each.scores), key=lambda each: -each.scores["pilot"])
+    rest = [each for each in known if "pilot" not in each.scores]
+    return [*first, *rest]
+
+
+def _pilot(search: Search, name: str, epochs: int) -> float:
+    output = search.folder / ".pilot"
+    shutil.rmtree(output, ignore_errors=True)
+    try:
+        config = short_training(search, name, epochs, output_name=".pilot")
+        result = run_training(config, search.images, search.labels, stop=search.stop)
+        if search.stop.stopped:
+            return 0.0
+        model = load_model(result.run_dir, decoder="none" if config.training.targets == "masks" else "required")
+        model = model.to(search.setup.device)
+        embed = search.encoder.open(model, ())
+        rows = [
+            score_patch(model, patch.patch, embed(patch.patch), search.settings)
+            for patch in search.data.patches
+            if patch.held_out
+        ]
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+    return mean_score(rows, search.weights)
+
+
+def mean_score(rows: Sequence[Mapping[str, tuple[float, float]]], weights: Mapping[str, float]) -> float:
+    """Return the weighted mean of zero-shot scores over patches."""
+    names = [name for name in weights if any(name in row for row in rows)]
+    values = {name: np.sum([row[name] for row in rows if name in row], axis=0) for name in names}
+    total = sum(weights[name] for name in names)
+    return float(sum(weights[name] * above / below for name, (above, below) in values.items() if below) / total)
+
+
+def short_training(search: Search, name: str, epochs: int, *, output_name: str) -> FinetuneConfig:
+    """Return the configuration of a training of a model with a frozen image encoder, on the features of the search."""
+    config = search.config
+    training = config.training.model_copy(update={"epochs": epochs, "early_stopping": None})
+    resources = config.resources.model_copy(update={"feature_cache_dir": search.encoder.folder.absolute()})
+    return config.model_copy(
+        update={
+            "model": name,
+            "output": search.folder / output_name,
+            "strategy": FrozenStrategy(),
+            "training": training,
+            "resources": resources,
+        }
+    )

@@ -1,0 +1,218 @@
+"""A search from candidates to a ranking."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from napari_resfinetune.config import FinetuneConfig
+from napari_resfinetune.errors import ConfigError
+from napari_resfinetune.events import OnEvent, StopToken
+from napari_resfinetune.planning import probe_hardware, within_limits
+from napari_resfinetune.planning.planner import duration
+from napari_resfinetune.search.candidates import find_candidates, possible_downloads
+from napari_resfinetune.search.compare import compare, load_all
+from napari_resfinetune.search.features import SharedEncoder
+from napari_resfinetune.search.measure import ScoreStore
+from napari_resfinetune.search.patches import search_patches
+from napari_resfinetune.search.pilot import run_pilots
+from napari_resfinetune.search.ranking import Standing, uncertainty_in_words
+from napari_resfinetune.search.report import REPORT, draw_models, write_report
+from napari_resfinetune.search.results import Suggestion, Suggestions, advise
+from napari_resfinetune.search.shelf import Shelf
+from napari_resfinetune.search.state import Search
+from napari_resfinetune.search.timing import predict_search, time_finetuning
+from napari_resfinetune.training.prepare import choose_setup
+from napari_resfinetune.training.run_folder import RunFolder, check_writable
+from napari_resfinetune.training.step import DTYPES, StepSettings
+
+SCORES, FEATURES, RESULT = "scores.json", "features", "search.json"
+# Of the RAM that may be taken, for models that are not in use.
+SHELF_SHARE = 0.4
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How a search is done.
+
+    Attributes
+    ----------
+    candidates
+        As for `find_candidates`.
+    output
+        A folder for report, scores and features; a search that was stopped goes on from them.
+    patches
+        At most so many are looked at.
+    pilot_epochs
+        Train the first models that are too close to call for so many epochs, with a frozen image encoder.
+    timing
+        Measure what finetuning takes, beside the search.
+    share
+        Compute what image encoders have in common once.
+    halving
+        Drop the worse half of many models after a look at a few patches.
+    """
+
+    candidates: Sequence[str | Path] | str | Path | None = None
+    output: Path | None = None
+    patches: int = 16
+    pilot_epochs: int = 0
+    timing: bool = False
+    share: bool = True
+    halving: bool = True
+
+
+def suggest(
+    config: FinetuneConfig,
+    images: Any = None,
+    labels: Any = None,
+    options: SearchOptions | None = None,
+    *,
+    on_event: OnEvent | None = None,
+    stop: StopToken | None = None,
+) -> Suggestions:
+    """Rank models on labelled images, or on images alone, before any training.
+
+    Parameters
+    ----------
+    config
+        Of the training to come: data, input size, what shall be trained, resources.
+    images, labels
+        Where the configuration names none.
+    options
+        How the search is done.
+    on_event, stop
+        Told what happens; asked whether to stop.
+
+    Raises
+    ------
+    ConfigError, DataError, ModelError, ResourceError
+        When there is nothing to compare, or nothing to compare it on.
+    """
+    options = options or SearchOptions()
+    if options.output is not None:
+        check_folder(options.output)
+    if options.pilot_epochs < 0:
+        raise ConfigError(f"pilot epochs: found {options.pilot_epochs}; expected 0 or more")
+    with contextlib.ExitStack() as stack:
+        folder = options.output
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="resfinetune-search-")))
+        search, limits = _prepare(config, images, labels, options, folder, on_event, stop)
+        stack.enter_context(limits)
+        standings = compare(search, halving=options.halving)
+        standings = run_pilots(search, standings, options.pilot_epochs)
+        ranked = _suggestions(search, standings)
+        if options.timing and search.data.can_train:
+            ranked = time_finetuning(search, ranked)
+        return _finish(search, ranked, options)
+
+
+def check_folder(output: Path) -> None:
+    """Refuse an output folder that holds something else than a search.
+
+    Raises
+    ------
+    ConfigError
+        With what is there, and what to do.
+    """
+    check_writable(output)
+    own = (SCORES, FEATURES, RESULT, REPORT)
+    if output.is_dir() and any(output.iterdir()) and not any((output / name).exists() for name in own):
+        raise ConfigError(
+            f"{output}: already holds files that are not of a search, and nothing is overwritten; choose another "
+            "output folder"
+        )
+
+
+def _prepare(
+    config: FinetuneConfig,
+    images: Any,
+    labels: Any,
+    options: SearchOptions,
+    folder: Path,
+    on_event: OnEvent | None,
+    stop: StopToken | None,
+) -> tuple[Search, contextlib.AbstractContextManager[None]]:
+    """Look at data and candidates, say what is coming, and load all models."""
+    data = search_patches(config, images, labels, options.patches)
+    found, left_out = find_candidates(options.candidates)
+    hardware = probe_hardware()
+    setup = choose_setup(config, hardware)
+    settings = StepSettings(
+        autocast=DTYPES[setup.precision.name], input_px=config.training.input_px, positions=config.training.positions
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    cache = config.resources.feature_cache_dir or folder / FEATURES
+    said: list[str] = []
+    search = Search(
+        config=config,
+        images=images,
+        labels=labels,
+        data=data,
+        setup=setup,
+        settings=settings,
+        folder=folder,
+        encoder=SharedEncoder(cache, settings, config.resources.feature_cache_gb, said.append),
+        store=ScoreStore(folder / SCORES),
+        shelf=Shelf(SHELF_SHARE * setup.limits.memory_gb, setup.device),
+        tell=on_event or (lambda event: None),
+        stop=stop or StopToken(),
+        left_out=list(left_out),
+    )
+    for text in (*data.notes, *(f"{each.model}: left out ({each.reason})" for each in left_out)):
+        search.say(text)
+    seconds = predict_search(config, setup, hardware, found, len(data.patches))
+    search.say(
+        f"{len(found)} models on {len(data.patches)} patches of {len(data.groups)} images: about {duration(seconds)} "
+        "if nothing is shared or kept from before"
+    )
+    load_all(search, found, share=options.share)
+    return search, within_limits(setup.limits, setup.device, hardware, enforce=False)
+
+
+def _suggestions(search: Search, standings: Sequence[Standing]) -> list[Suggestion]:
+    ranked = []
+    several = any(each.close for each in standings)
+    for rank, each in enumerate(standings, 1):
+        entry = search.entries[each.model]
+        ranked.append(
+            Suggestion(
+                model=each.model,
+                score=each.score,
+                rank=rank,
+                low=each.low,
+                high=each.high,
+                too_close=each.close or (rank == 1 and several),
+                architecture=entry.candidate.location.architecture,
+                has_decoder=entry.candidate.has_decoder,
+                scores=dict(each.scores),
+                patches=len(entry.scored.rows),
+                seconds=dict(entry.scored.seconds),
+            )
+        )
+    return ranked
+
+
+def _finish(search: Search, ranked: Sequence[Suggestion], options: SearchOptions) -> Suggestions:
+    lasting = options.output is not None or search.config.resources.feature_cache_dir is not None
+    result = Suggestions(
+        ranked=tuple(ranked),
+        advice=advise(ranked, labelled=search.data.labelled),
+        notes=(*search.data.notes, uncertainty_in_words([patch.group for patch in search.data.patches])),
+        left_out=tuple(search.left_out),
+        downloads=possible_downloads([each.model for each in ranked]),
+        status="stopped" if search.stop.stopped else "finished",
+        seconds=time.monotonic() - search.began,
+        features=search.encoder.folder if lasting else None,
+    )
+    if options.output is not None:
+        pictures = {} if search.stop.stopped else draw_models(search, ranked)
+        result = write_report(search, result, pictures)
+        RunFolder(options.output).write_json(RESULT, result.to_dict())
+    return result
