@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from napari_resfinetune.data.doctor import CheckReport
     from napari_resfinetune.evaluation import Evaluation
+    from napari_resfinetune.experiments.sweep import SweepResult
     from napari_resfinetune.models import SamModel
     from napari_resfinetune.planning import Plan
 
@@ -343,6 +344,51 @@ def evaluate(
     pairs = replace(pairs, pairs=tuple(replace(pair, channels=channels) for pair in pairs.pairs))
     check_pairs(pairs, min_object_px=min_object_px).raise_for_errors()
     return evaluate_model(loaded, pairs, modes=tuple(modes), on_progress=on_progress, **settings)
+
+
+def sweep(
+    grid: Any,
+    *,
+    on_change: Any = None,
+    stop: StopToken | None = None,
+    published: bool = False,
+    **options: Any,
+) -> SweepResult:
+    """Train and score every combination of a grid, here or on a cluster; call it again to go on.
+
+    Parameters
+    ----------
+    grid
+        A `GridConfig`, a mapping with its keys, or the path of a YAML file.
+    on_change
+        Called with the states of all jobs, time and again.
+    stop
+        Ask it to stop, and what runs saves itself and ends.
+    published
+        Show the values of the published study in the tables.
+    **options
+        ``retry``, ``wait``, ``download`` and ``expansion`` as for `experiments.sweep.run_sweep`.
+
+    Returns
+    -------
+    SweepResult
+        How each job ended, and the tables and figures.
+    """
+    from napari_resfinetune.experiments import GridConfig, make_grid, read_grid
+    from napari_resfinetune.experiments.sweep import run_sweep
+
+    if isinstance(grid, str | Path):
+        grid = read_grid(grid)
+    elif not isinstance(grid, GridConfig):
+        grid = make_grid(grid)
+    return run_sweep(grid, on_change=on_change, stop=stop, published=published, **options)
+
+
+def report_sweep(folder: str | Path, *, published: bool = False) -> list[Path]:
+    """Write tables and figures of what a sweep has so far, and return their paths."""
+    from napari_resfinetune.experiments.report import write_report
+
+    return write_report(Path(folder), with_published=published)
 
 
 def doctor() -> dict[str, Any]:

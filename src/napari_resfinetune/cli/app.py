@@ -21,6 +21,7 @@ from napari_resfinetune.cli.output import (
     results,
     stop_on_interrupt,
 )
+from napari_resfinetune.cli.sweep import sweep
 from napari_resfinetune.config import FinetuneConfig, make_config, merge, parse_overrides, read_yaml
 from napari_resfinetune.errors import ConfigError, DataError, ResourceError
 from napari_resfinetune.planning.planner import duration
@@ -320,6 +321,29 @@ def demo(
             print_json(outcome)
         if outcome["status"] == "stopped":
             raise typer.Exit(STOPPED)
+
+
+app.command()(sweep)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="SWEEP", help="The folder of a sweep.")],
+    published: Annotated[
+        bool, typer.Option("--published", help="Show the values of the published study beside.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write tables and figures of a sweep, of what it has so far."""
+    with plain_errors():
+        files = api.report_sweep(folder, published=published)
+        if as_json:
+            print_json({"files": [str(path) for path in files]})
+            return
+        for path in files:
+            results.print(str(path))
+        if not files:
+            results.print("no job has given numbers yet")
 
 
 def _data(images: list[str] | None, labels: list[str] | None) -> dict[str, Any]:
