@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from napari_resfinetune.config import FinetuneConfig, Strategy, make_config, merge
+from napari_resfinetune.data.pairs import find_pairs
 from napari_resfinetune.errors import ConfigError, ResFinetuneError
 from napari_resfinetune.evaluation import check_modes
 from napari_resfinetune.experiments.datasets import dataset_values
@@ -22,9 +23,10 @@ from napari_resfinetune.planning import Hardware, Plan, get_preset, pick_device,
 from napari_resfinetune.training.planned import TRIED_SHARE, architecture_of, length_of, plan_anywhere
 from napari_resfinetune.training.prepare import open_data
 
-# Loading libraries and the model, and scoring, in seconds: what comes on top of the steps of a training.
-START_SECONDS = 120.0
-SCORE_SECONDS = 600.0
+# What comes on top of the steps of a training, in seconds, generously: loading libraries and the model, and scoring an
+# image in one mode.
+START_SECONDS = 60.0
+SCORE_SECONDS = {"cpu": 20.0, "cuda": 4.0, "mps": 8.0}
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,17 @@ class Expansion:
         return tuple(run.job for run in (*self.initial, *self.runs))
 
 
+@dataclass(frozen=True)
+class _Scoring:
+    """Images and labels to score on, `None` for those held out, and how often one is scored in some mode."""
+
+    test: Mapping[str, Any] | None
+    count: int
+
+    def seconds(self, plan: Plan) -> float:
+        return SCORE_SECONDS[plan.work.device] * self.count
+
+
 def strategy_name(strategy: Strategy) -> str:
     """Return a strategy in a word: its kind, and settings that are not the default."""
     default = type(strategy)().model_dump()
@@ -154,6 +167,12 @@ def expand(grid: GridConfig, *, download: bool = False, hardware: Hardware | Non
         raise ConfigError("images: only one image, so none is left to score on; add images, or set test_images")
     available = len({region.pair for region in data.split.train})
     held_out = len(data.split.validation)
+    if test is None:
+        scored = len({region.pair for region in data.split.validation})
+    else:
+        keys: dict[str, Any] = base.data.model_dump(include={"image_key", "label_key", "axes"})
+        scored = len(find_pairs(test["images"], test["labels"], **keys).pairs)
+    scoring = _Scoring(test, scored * len(grid.modes))
     chosen, left_out = combinations(grid)
     runs: list[Run] = []
     plan_once = functools.cache(
@@ -179,8 +198,8 @@ def expand(grid: GridConfig, *, download: bool = False, hardware: Hardware | Non
         if reason is not None:
             left_out.append((combination.name, reason))
             continue
-        runs.append(Run(combination, config, plan, _job(grid, combination, config, plan, test)))
-    return Expansion(tuple(runs), _initial(grid, runs, test), tuple(left_out))
+        runs.append(Run(combination, config, plan, _job(grid, combination, config, plan, scoring)))
+    return Expansion(tuple(runs), _initial(grid, runs, scoring), tuple(left_out))
 
 
 def _shared_values(grid: GridConfig, download: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -252,11 +271,9 @@ def _too_large(plan: Plan) -> str | None:
     return f"would take {plan.peak_gb:.1f} of {plan.limit_gb:.1f} GB with everything that saves memory"
 
 
-def _job(
-    grid: GridConfig, combination: Combination, config: FinetuneConfig, plan: Plan, test: Mapping[str, Any] | None
-) -> Job:
-    score = {"model": str(config.output), "modes": list(grid.modes), "config": "config.yaml", "test": test}
-    seconds = plan.seconds_at_most + START_SECONDS + SCORE_SECONDS
+def _job(grid: GridConfig, combination: Combination, config: FinetuneConfig, plan: Plan, scoring: _Scoring) -> Job:
+    score = {"model": str(config.output), "modes": list(grid.modes), "config": "config.yaml", "test": scoring.test}
+    seconds = plan.seconds_at_most + START_SECONDS + scoring.seconds(plan)
     return Job(combination.name, {"train": {"config": "config.yaml"}, "evaluate": score}, _need(plan, config, seconds))
 
 
@@ -266,7 +283,7 @@ def _need(plan: Plan, config: FinetuneConfig, seconds: float) -> Need:
     return Need(plan.peak_gb, plan.ram_gb, seconds, preset, plan.work.device, cores)
 
 
-def _initial(grid: GridConfig, runs: Sequence[Run], test: Mapping[str, Any] | None) -> tuple[Run, ...]:
+def _initial(grid: GridConfig, runs: Sequence[Run], scoring: _Scoring) -> tuple[Run, ...]:
     """Make one job for each start model and seed; the split, and so what is scored, depends on the seed."""
     if not grid.initial:
         return ()
@@ -275,8 +292,13 @@ def _initial(grid: GridConfig, runs: Sequence[Run], test: Mapping[str, Any] | No
         model, seed = run.combination.model, run.combination.seed
         name = _plain(f"initial_{model_name(model)}_s{seed}")
         if name not in found:
-            score = {"model": run.config.model, "modes": list(grid.modes), "config": "config.yaml", "test": test}
-            need = _need(run.plan, run.config, START_SECONDS + SCORE_SECONDS)
+            score = {
+                "model": run.config.model,
+                "modes": list(grid.modes),
+                "config": "config.yaml",
+                "test": scoring.test,
+            }
+            need = _need(run.plan, run.config, START_SECONDS + scoring.seconds(run.plan))
             found[name] = replace(run, job=Job(name, {"evaluate": score}, need))
     return tuple(found.values())
 
