@@ -98,13 +98,17 @@ class Expansion:
 
 @dataclass(frozen=True)
 class _Scoring:
-    """Images and labels to score on, `None` for those held out, and how often one is scored in some mode."""
+    """How models are scored: on which images (`None`: those held out), how many they are, and in which modes."""
 
     test: Mapping[str, Any] | None
-    count: int
+    images: int
+    modes: tuple[str, ...]
+
+    def work(self, model: str) -> dict[str, Any]:
+        return {"model": model, "modes": list(self.modes), "config": "config.yaml", "test": self.test}
 
     def seconds(self, plan: Plan) -> float:
-        return SCORE_SECONDS[plan.work.device] * self.count
+        return SCORE_SECONDS[plan.work.device] * self.images * len(self.modes)
 
 
 def strategy_name(strategy: Strategy) -> str:
@@ -172,7 +176,7 @@ def expand(grid: GridConfig, *, download: bool = False, hardware: Hardware | Non
     else:
         keys: dict[str, Any] = base.data.model_dump(include={"image_key", "label_key", "axes"})
         scored = len(find_pairs(test["images"], test["labels"], **keys).pairs)
-    scoring = _Scoring(test, scored * len(grid.modes))
+    scoring = _Scoring(test, scored, grid.modes)
     chosen, left_out = combinations(grid)
     runs: list[Run] = []
     plan_once = functools.cache(
@@ -198,7 +202,7 @@ def expand(grid: GridConfig, *, download: bool = False, hardware: Hardware | Non
         if reason is not None:
             left_out.append((combination.name, reason))
             continue
-        runs.append(Run(combination, config, plan, _job(grid, combination, config, plan, scoring)))
+        runs.append(Run(combination, config, plan, _job(combination, config, plan, scoring)))
     return Expansion(tuple(runs), _initial(grid, runs, scoring), tuple(left_out))
 
 
@@ -271,10 +275,13 @@ def _too_large(plan: Plan) -> str | None:
     return f"would take {plan.peak_gb:.1f} of {plan.limit_gb:.1f} GB with everything that saves memory"
 
 
-def _job(grid: GridConfig, combination: Combination, config: FinetuneConfig, plan: Plan, scoring: _Scoring) -> Job:
-    score = {"model": str(config.output), "modes": list(grid.modes), "config": "config.yaml", "test": scoring.test}
+def _job(combination: Combination, config: FinetuneConfig, plan: Plan, scoring: _Scoring) -> Job:
     seconds = plan.seconds_at_most + START_SECONDS + scoring.seconds(plan)
-    return Job(combination.name, {"train": {"config": "config.yaml"}, "evaluate": score}, _need(plan, config, seconds))
+    return Job(
+        combination.name,
+        {"train": {"config": "config.yaml"}, "evaluate": scoring.work(str(config.output))},
+        _need(plan, config, seconds),
+    )
 
 
 def _need(plan: Plan, config: FinetuneConfig, seconds: float) -> Need:
@@ -299,7 +306,7 @@ def _initial(grid: GridConfig, runs: Sequence[Run], scoring: _Scoring) -> tuple[
                 "test": scoring.test,
             }
             need = _need(run.plan, run.config, START_SECONDS + scoring.seconds(run.plan))
-            found[name] = replace(run, job=Job(name, {"evaluate": score}, need))
+            found[name] = replace(run, job=Job(name, {"evaluate": scoring.work(run.config.model)}, need))
     return tuple(found.values())
 
 
