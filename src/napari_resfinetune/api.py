@@ -33,6 +33,7 @@ def train(
     resume: bool = False,
     isolate: bool = False,
     enforce_limits: bool = False,
+    processes: int = 1,
     **settings: Any,
 ) -> TrainResult:
     """Finetune a model on labelled images.
@@ -56,6 +57,9 @@ def train(
     enforce_limits
         Let the system keep the limits for this process too, all of it, while it trains; without, training looks after
         each step whether it is inside them.
+    processes
+        So many processes share every step, on CPUs or with a card each; ``training.batch_size`` is the batch of all of
+        them, and the result that of one process with that batch size. They are processes of their own, as `isolate`.
     **settings
         ``model``, ``strategy`` and ``preset`` by name, and the sections ``data``, ``training``, ``resources`` as
         mappings, with the keys of `FinetuneConfig`.
@@ -81,11 +85,23 @@ def train(
         written = open_run(output)[1].model_copy(update={"output": output})
         config = _same_run(written, config, whole=with_settings)
     else:
+        from napari_resfinetune.training.ranks import is_first_rank
         from napari_resfinetune.training.run_folder import check_output
 
         resume = False
-        check_output(output)
-    return _train(config, images, labels, on_event, stop, resume=resume, isolate=isolate, enforce=enforce_limits)
+        if is_first_rank():
+            check_output(output)
+    return _train(
+        config,
+        images,
+        labels,
+        on_event,
+        stop,
+        resume=resume,
+        isolate=isolate,
+        enforce=enforce_limits,
+        processes=processes,
+    )
 
 
 def resume(
@@ -99,6 +115,7 @@ def resume(
     resources: Mapping[str, Any] | None = None,
     isolate: bool = False,
     enforce_limits: bool = False,
+    processes: int = 1,
 ) -> TrainResult:
     """Continue a run exactly where it was.
 
@@ -115,8 +132,8 @@ def resume(
     resources
         Changes to that section of the configuration, as ``{"memory_gb": 12}``. What an earlier session had to switch on
         when its memory ran out is then no longer kept.
-    isolate, enforce_limits
-        As for `train`.
+    isolate, enforce_limits, processes
+        As for `train`; the number of processes need not be that of before.
 
     Raises
     ------
@@ -140,6 +157,7 @@ def resume(
         resume=True,
         isolate=isolate,
         enforce=enforce_limits,
+        processes=processes,
         keep_levers=not resources,
     )
 
@@ -445,13 +463,14 @@ def _train(
     resume: bool,
     isolate: bool,
     enforce: bool,
+    processes: int,
     keep_levers: bool = True,
 ) -> TrainResult:
     how: dict[str, Any] = {"on_event": on_event, "stop": stop, "resume": resume, "keep_levers": keep_levers}
-    if isolate:
+    if isolate or processes != 1:
         from napari_resfinetune.training.child import train_in_child
 
-        return train_in_child(config, images, labels, **how)
+        return train_in_child(config, images, labels, processes=processes, **how)
     from napari_resfinetune.training.session import run_training
 
     return run_training(config, images, labels, enforce=enforce, **how)

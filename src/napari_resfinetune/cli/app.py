@@ -25,6 +25,7 @@ from napari_resfinetune.cli.sweep import sweep
 from napari_resfinetune.config import FinetuneConfig, make_config, merge, parse_overrides, read_yaml
 from napari_resfinetune.errors import ConfigError, DataError, ResourceError
 from napari_resfinetune.planning.planner import duration
+from napari_resfinetune.training.ranks import is_first_rank
 
 app = typer.Typer(
     name="resfinetune",
@@ -114,6 +115,16 @@ Isolate = Annotated[
 ]
 
 
+Processes = Annotated[
+    int,
+    typer.Option(
+        "--processes",
+        metavar="N",
+        help="Share every step among N processes, on CPUs or with a card each; training.batch_size is that of all.",
+    ),
+]
+
+
 @app.command()
 def train(
     config: ConfigFile = None,
@@ -126,6 +137,7 @@ def train(
         Path | None, typer.Option("--output", "-o", metavar="RUN", help="New folder for the run.")
     ] = None,
     isolate: Isolate = False,
+    processes: Processes = 1,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -139,7 +151,9 @@ def train(
             values["output"] = str(output)
         settings = _config(config, values, set_)
         with stop_on_interrupt() as stop, TrainingProgress() as progress:
-            result = api.train(settings, on_event=progress, stop=stop, isolate=isolate, enforce_limits=True)
+            result = api.train(
+                settings, on_event=progress, stop=stop, isolate=isolate, processes=processes, enforce_limits=True
+            )
         _end(result, as_json)
 
 
@@ -173,6 +187,7 @@ def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
     epochs: Annotated[int | None, typer.Option(help="A new number of epochs.")] = None,
     isolate: Isolate = False,
+    processes: Processes = 1,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A key of resources, as in --set resources.memory_gb=12."),
@@ -193,6 +208,7 @@ def resume(
                 on_event=progress,
                 stop=stop,
                 isolate=isolate,
+                processes=processes,
                 enforce_limits=True,
             )
         _end(result, as_json)
@@ -433,6 +449,8 @@ def _scores(*values: float) -> list[str]:
 
 
 def _end(result: api.TrainResult, as_json: bool) -> None:
+    if not is_first_rank():  # of processes that torchrun began
+        return
     if as_json:
         print_json(result.to_dict())
     words = {

@@ -299,12 +299,6 @@ def _initial(grid: GridConfig, runs: Sequence[Run], scoring: _Scoring) -> tuple[
         model, seed = run.combination.model, run.combination.seed
         name = _plain(f"initial_{model_name(model)}_s{seed}")
         if name not in found:
-            score = {
-                "model": run.config.model,
-                "modes": list(grid.modes),
-                "config": "config.yaml",
-                "test": scoring.test,
-            }
             need = _need(run.plan, run.config, START_SECONDS + scoring.seconds(run.plan))
             found[name] = replace(run, job=Job(name, {"evaluate": scoring.work(run.config.model)}, need))
     return tuple(found.values())
