@@ -12,7 +12,11 @@ import napari_resfinetune as rf
 from napari_resfinetune.events import EpochEnded, Failed, Step
 from small_runs import run, weights
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo's meeting over loopback is arranged for POSIX")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(sys.platform == "win32", reason="gloo's meeting over loopback is arranged for POSIX"),
+]
 
 # Three samples in batches of two: the last step of an epoch leaves nothing for the second process.
 SHARED = {"samples_per_epoch": 3, "batch_size": 2, "epochs": 2}
@@ -70,6 +74,6 @@ def test_a_killed_process_ends_the_run_with_a_checkpoint_that_resumes(cells, tmp
 
 
 def test_more_processes_than_patches_in_a_step_are_refused(cells, tmp_path):
-    with pytest.raises(rf.ConfigError, match="training.batch_size: 2 patches a step cannot be shared by 3 processes"):
+    with pytest.raises(rf.ConfigError, match=r"training\.batch_size: 2 patches a step cannot be shared by 3 processes"):
         run(cells, tmp_path / "run", processes=3)
     assert not (tmp_path / "run").exists()

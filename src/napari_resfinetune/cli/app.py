@@ -21,7 +21,7 @@ from napari_resfinetune.cli.output import (
     results,
     stop_on_interrupt,
 )
-from napari_resfinetune.cli.sweep import sweep
+from napari_resfinetune.cli.sweep import run_in_chunks, sweep
 from napari_resfinetune.config import FinetuneConfig, make_config, merge, parse_overrides, read_yaml
 from napari_resfinetune.errors import ConfigError, DataError, ResourceError
 from napari_resfinetune.planning.planner import duration
@@ -93,6 +93,17 @@ def check(images: Images = None, labels: Labels = None, set_: Set = None, as_jso
             results.print(f"{len(report.errors)} errors, {len(report.warnings)} warnings")
     if report.errors:
         raise typer.Exit(DataError.exit_status)
+
+
+OnExecutor = Annotated[
+    str | None,
+    typer.Option(
+        "--executor",
+        metavar="FILE",
+        help="For thousands of images: run in chunks on a cluster (YAML file with kind: slurm) or here (local).",
+    ),
+]
+Chunk = Annotated[int, typer.Option("--chunk", min=1, metavar="N", help="Images of a job, with --executor.")]
 
 
 ConfigFile = Annotated[
@@ -226,6 +237,8 @@ def segment(
     ] = "ais",
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace label files that are there.")] = False,
+    executor: OnExecutor = None,
+    chunk: Chunk = 100,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -234,6 +247,10 @@ def segment(
 
     with plain_errors():
         data = _config(None, {"data": _data(images, None)}, set_).data
+        if executor is not None:
+            arguments = ["--model", model, "--mode", mode, "--device", device, *_again(set_)]
+            run_in_chunks("segment", data, output, arguments, executor, chunk, as_json)
+            return
         if data.images is None or output is None:
             raise ConfigError("segment: --images and --output are both needed")
         names = _free_names(data.images, output, overwrite, data)
@@ -263,8 +280,13 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write one line per image as CSV.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Also write one line per image as CSV; a folder for chunks."
+        ),
     ] = None,
+    executor: OnExecutor = None,
+    chunk: Chunk = 100,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -273,6 +295,11 @@ def evaluate(
 
     with plain_errors():
         data = _config(None, {"data": _data(images, labels)}, set_).data
+        if executor is not None:
+            modes = [word for name in mode or ["ais"] for word in ("--mode", name)]
+            arguments = ["--model", model, *modes, "--device", device, *_again(set_)]
+            run_in_chunks("evaluate", data, output, arguments, executor, chunk, as_json)
+            return
         if data.images is None or data.labels is None:
             raise ConfigError("evaluate: --images and --labels are both needed")
         if output is not None and output.exists():
@@ -408,6 +435,10 @@ def _print_plan(plan: Any) -> None:
 def _config(path: Path | None, options: Mapping[str, Any], overrides: list[str] | None) -> FinetuneConfig:
     values = read_yaml(path) if path is not None else {}
     return make_config(merge(values, options, parse_overrides(overrides or [])), str(path or "options"))
+
+
+def _again(overrides: list[str] | None) -> list[str]:
+    return [word for override in overrides or [] for word in ("--set", override)]
 
 
 def _inference(data: Any, overrides: list[str] | None) -> dict[str, Any]:

@@ -82,6 +82,38 @@ def sweep(
         _end(result, grid, as_json, wait)
 
 
+def run_in_chunks(
+    verb: Any, data: Any, output: Path | None, arguments: list[str], executor: str, chunk: int, as_json: bool
+) -> None:
+    """Segment or score many images through an executor; for the commands of these names."""
+    from napari_resfinetune.errors import ConfigError
+    from napari_resfinetune.experiments.grid import read_executor
+    from napari_resfinetune.experiments.plates import run_plate
+
+    if data.images is None or output is None or (verb == "evaluate" and data.labels is None):
+        raise ConfigError(f"{verb}: --images, --output{' and --labels' if verb == 'evaluate' else ''} are needed")
+    where = data.model_dump(include={"image_key", "label_key", "axes"})
+    said = "stopping: what runs is asked to save and end; Ctrl-C again leaves it alone"
+    with stop_on_interrupt(said) as stop, _Watching() as watching:
+        result = run_plate(
+            verb, data.images, data.labels, output, arguments, read_executor(executor),
+            chunk=chunk, where=where, on_change=watching, stop=stop,
+        )  # fmt: skip
+    failed = [job for job in result.jobs if job.state == "failed"]
+    for job in failed:
+        errors.print(f"[bold red]failed:[/] {job.name}: {_plain(job.note)}")
+    if as_json:
+        chunks = [{"name": job.name, "state": job.state, "note": job.note} for job in result.jobs]
+        print_json({"images": result.images, "done": result.done, "table": str(result.table), "jobs": chunks})
+    else:
+        results.print(f"{result.done} of {result.images} images: {result.table}")
+    if result.stopped:
+        errors.print("stopped; give the same command again to go on")
+        raise typer.Exit(STOPPED)
+    if failed:
+        raise typer.Exit(1)
+
+
 def _end(result: Any, grid: Path, as_json: bool, wait: bool) -> None:
     if as_json:
         print_json(result.to_dict())

@@ -195,6 +195,22 @@ def read_grid(path: str | Path, executor: str | None = None, output: str | Path 
     return make_grid(values, str(path))
 
 
+def read_executor(text: str) -> LocalSettings | SlurmSettings:
+    """Return where to run: ``"local"``, or what a YAML file says that holds the section ``executor`` alone.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be read, or holds wrong values.
+    """
+    values = {"kind": "local"} if text == "local" else read_yaml(text)
+    return validated(_Place, {"executor": values}, text).executor
+
+
+class _Place(_Frozen):
+    executor: Executor
+
+
 def _at(values: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         values = values[part]

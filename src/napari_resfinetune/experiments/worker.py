@@ -8,8 +8,10 @@ signal, or a file ``stop`` in the sweep's folder, asks it to save and end with s
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from napari_resfinetune.errors import ResFinetuneError
+from napari_resfinetune.errors import ResFinetuneError, TrainingError
 from napari_resfinetune.events import EpochEnded, Event, MemoryLever, Message, StopToken
 from napari_resfinetune.experiments.jobs import STOP_FILE, job_folder, read_json, read_result, write_json
 
@@ -145,9 +147,45 @@ def evaluate(folder: Path, work: Mapping[str, Any], stop: StopToken) -> dict[str
     return {"scores": found.to_dict(), "images": len({row.image for row in found.rows})}
 
 
+def command(folder: Path, work: Mapping[str, Any], stop: StopToken) -> dict[str, Any]:
+    """Run the command ``resfinetune`` with ``--json``, and return what it printed."""
+    if work.get("replaces"):
+        Path(work["replaces"]).unlink(missing_ok=True)
+    words = [sys.executable, "-P", "-c", "from napari_resfinetune.cli import main; main()", *work["arguments"]]
+    said: list[str] = []
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        over = threading.Event()
+
+        def forward() -> None:
+            while not over.wait(LOOK_SECONDS):
+                if stop.stopped:
+                    process.terminate()
+
+        def hear() -> None:
+            for line in process.stderr or ():
+                sys.stderr.write(line)
+                said.append(line.strip())
+
+        threads = [threading.Thread(target=target, daemon=True) for target in (forward, hear)]
+        for thread in threads:
+            thread.start()
+        printed = process.stdout.read() if process.stdout is not None else ""
+        process.wait()
+        over.set()
+        for thread in threads:
+            thread.join()
+    if stop.stopped:
+        raise _Stopped
+    if process.returncode:
+        problems = [line.removeprefix("error: ") for line in said if line.startswith("error: ")] or said[-1:]
+        raise TrainingError(*(problems or [f"ended with status {process.returncode}"]))
+    return dict(json.loads(printed))
+
+
 STEPS: Mapping[str, Callable[[Path, Mapping[str, Any], StopToken], dict[str, Any]]] = {
     "train": train,
     "evaluate": evaluate,
+    "command": command,
 }
 
 
