@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 from submitit import LocalExecutor, SlurmExecutor
 from submitit.helpers import Checkpointable, DelayedSubmission
 
@@ -96,6 +97,23 @@ def _note(output: Path, name: str, ids: Sequence[str]) -> None:
     write_json(path, {"ids": [*before, *(number for number in ids if number not in before)], "now": list(ids)})
 
 
+def _submitted(output: Path) -> dict[str, list[str]]:
+    """Return the numbers under which each job was handed over last."""
+    files = (output / "jobs").glob("*/submitted.json")
+    return {file.parent.name: read_json(file).get("now", []) for file in files}
+
+
+def _still_works(pid: str, output: Path) -> bool:
+    """Say whether a process is one that submitit began for a sweep, and not another of the same number."""
+    if not pid.isdigit():
+        return False
+    try:
+        words = psutil.Process(int(pid)).cmdline()
+    except psutil.Error:
+        return False
+    return "submitit.local._local" in words and str(output / "logs") in words
+
+
 class LocalPool:
     """Jobs as processes of this computer, as many at once as fit by prediction.
 
@@ -130,9 +148,11 @@ class LocalPool:
         return begun
 
     def alive(self) -> dict[str, str]:
-        """Return the names of jobs whose process has not ended."""
+        """Return the names of jobs whose process has not ended, also of those that an earlier sweep left alone."""
         self._running = {name: entry for name, entry in self._running.items() if not entry[0].done()}
-        return dict.fromkeys(self._running, "running")
+        known = _submitted(self.output)
+        left = [name for name, ids in known.items() if any(_still_works(pid, self.output) for pid in ids)]
+        return dict.fromkeys([*self._running, *left], "running")
 
     def cancel(self, *, running: bool) -> None:
         """End what runs, with `running`; nothing waits here."""
@@ -221,20 +241,16 @@ class SlurmPool:
         """Return jobs that SLURM still has, also those that an earlier process of ours handed over."""
         known = self._queue()
         found = {}
-        for folder in (self.output / "jobs").glob("*/submitted.json"):
-            states = [known[number] for number in read_json(folder).get("now", []) if number in known]
+        for name, ids in _submitted(self.output).items():
+            states = [known[number] for number in ids if number in known]
             if states:
-                found[folder.parent.name] = "running" if "running" in states else "queued"
+                found[name] = "running" if "running" in states else "queued"
         return found
 
     def cancel(self, *, running: bool) -> None:
         """Take back what waits, and with `running` also what runs, at once."""
         known = self._queue()
-        ours = {
-            number
-            for file in (self.output / "jobs").glob("*/submitted.json")
-            for number in read_json(file).get("now", [])
-        }
+        ours = {number for ids in _submitted(self.output).values() for number in ids}
         ids = [number for number, state in known.items() if number in ours and (running or state == "queued")]
         if ids:
             subprocess.run(["scancel", *ids], check=False, capture_output=True)

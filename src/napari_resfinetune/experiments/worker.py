@@ -151,7 +151,7 @@ def command(folder: Path, work: Mapping[str, Any], stop: StopToken) -> dict[str,
     """Run the command ``resfinetune`` with ``--json``, and return what it printed."""
     if work.get("replaces"):
         Path(work["replaces"]).unlink(missing_ok=True)
-    words = [sys.executable, "-P", "-c", "from napari_resfinetune.cli import main; main()", *work["arguments"]]
+    words = [sys.executable, "-P", "-m", "napari_resfinetune.cli", *work["arguments"]]
     said: list[str] = []
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         over = threading.Event()

@@ -275,8 +275,8 @@ class Trainer:
         limit_gb = self.job.memory_limit_gb
         if limit_gb is None or self.device.type != "cpu":
             return
-        taken_gb = self.ranks.most(self.watch.peak_gb - self.job.foreign_gb + WORKER_GB * self.work.workers)
-        if taken_gb > limit_gb:
+        taken_gb = self.watch.peak_gb - self.job.foreign_gb + WORKER_GB * self.work.workers
+        if self.ranks.any(taken_gb > limit_gb):
             self.optimizer.zero_grad(set_to_none=True)
             yield self._pull_lever(f"{taken_gb:.1f} GB were taken, {limit_gb:.1f} GB are allowed")
             free()

@@ -78,6 +78,10 @@ class Ranks:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return float(tensor.item())
 
+    def least(self, value: float) -> float:
+        """Return the smallest of all processes' values."""
+        return -self.most(-value)
+
     def together(self, attempt: Callable[[], T]) -> T:
         """Return what an attempt gives; when memory runs out in one process, all of them raise.
 
@@ -143,12 +147,17 @@ class Ranks:
                 work.wait()
 
     def share(self, setup: Setup) -> Setup:
-        """Divide what a run may take of this computer among its processes here; each has a card of its own."""
-        if self.local_size == 1:
+        """Divide what a run may take of this computer among its processes here; each has a card of its own.
+
+        All of them get the least of what any may take, so that they plan the same and pull the same levers.
+        """
+        if self.size == 1:
             return setup
+        card_gb = self.least(setup.limits.gpu_memory_gb or 0.0)
         limits = replace(
             setup.limits,
-            memory_gb=setup.limits.memory_gb / self.local_size,
+            memory_gb=self.least(setup.limits.memory_gb / self.local_size),
+            gpu_memory_gb=card_gb or None,
             threads=max(1, setup.limits.threads // self.local_size),
             reason=f"a share for each of {self.local_size} processes: {setup.limits.reason}",
         )
