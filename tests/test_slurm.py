@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import napari_resfinetune as rf
 from napari_resfinetune.experiments import make_grid
 from napari_resfinetune.experiments.sweep import read_log
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "slurm.sh"
 CANCELLED = "cpu-8gb_start_full_n1_s0"
@@ -31,14 +32,15 @@ def as_root() -> list[str] | None:
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
+def slurm():
     """Start munged, slurmctld and slurmd, and let this process and its jobs use them."""
     if sys.platform != "linux" or not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged", "sbatch")):
         pytest.skip("needs slurm-wlm and munge (make test-slurm installs them on Debian)")
     root = as_root()
     if root is None:
         pytest.skip("needs root, or sudo without a password, to start the daemons of SLURM")
-    folder = tmp_path_factory.mktemp("slurm")
+    # Not where pytest has its folders, which nobody else may enter: munged runs as its own user.
+    folder = Path(tempfile.mkdtemp(prefix="resfinetune-slurm-"))
     folder.chmod(0o755)
     started = subprocess.run([*root, "bash", str(SCRIPT), "start", str(folder)], capture_output=True, text=True)
     if started.returncode:
@@ -48,13 +50,14 @@ def slurm(tmp_path_factory):
         patch.setenv("SLURM_CONF", started.stdout.strip().partition("=")[2])
         yield folder
     subprocess.run([*root, "bash", str(SCRIPT), "stop", str(folder)], check=True)
+    subprocess.run([*root, "rm", "-rf", str(folder)], check=True)
 
 
 def grid(cells: Path, output: Path):
     small = {
         "data.patch_px": 64, "training.input_px": 128, "training.epochs": 1, "training.samples_per_epoch": 2,
         "training.objects": 2, "training.sub_iterations": 1, "training.save_minutes": 0.05,
-        "resources.precision": "fp32", "resources.device": "cpu", "resources.threads": 1,
+        "resources.precision": "fp32", "resources.device": "cpu", "resources.threads": 1, "resources.nice": 0,
     }  # fmt: skip
     executor = {"kind": "slurm", "partition": "main", "cpus": 1, "memory_gb": 3, "minutes": 30, "warn_seconds": 60}
     return make_grid({

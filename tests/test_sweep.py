@@ -31,7 +31,7 @@ NEED = Need(1.0, 1.0, 60.0, "cpu-8gb", "cpu", 1)
 SMALL = {
     "data.patch_px": 64, "training.input_px": 128, "training.epochs": 1, "training.samples_per_epoch": 2,
     "training.objects": 2, "training.sub_iterations": 1,
-    "resources.precision": "fp32", "resources.device": "cpu", "resources.threads": 1,
+    "resources.precision": "fp32", "resources.device": "cpu", "resources.threads": 1, "resources.nice": 0,
 }  # fmt: skip
 
 
