@@ -8,11 +8,12 @@ INPUTS := pyproject.toml constraints.txt scripts/setup.sh
 SETUP := bash scripts/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check format pictures constraints clean
+.PHONY: help env demo test test-slurm check format pictures constraints clean
 
 help:
 	@echo "make demo         finetune a small model on made-up images and show it got better"
 	@echo "make test         environment, Debian's libraries for Qt and Xvfb, then the whole test suite"
+	@echo "make test-slurm   install SLURM on this Debian (needs root or sudo) and run the tests that use it"
 	@echo "make check        ruff, mypy and the docstring check"
 	@echo "make format       let ruff rewrite the layout"
 	@echo "make pictures     make the pictures and tables in docs/ anew"
@@ -34,7 +35,12 @@ demo: $(READY)
 
 test: $(READY)
 	@$(SETUP) libraries
+	@$(SETUP) slurm || echo "without SLURM its tests are skipped"
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-slurm: $(READY)
+	@$(SETUP) slurm
+	$(VENV)/bin/python -m pytest -m slurm $(PYTEST_ARGS)
 
 check: $(READY_DEV)
 	$(VENV)/bin/ruff check .

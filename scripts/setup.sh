@@ -3,6 +3,7 @@
 #
 #   setup.sh env EXTRAS     .venv with this package (editable) and the named extras, e.g. "test" or "test,dev"
 #   setup.sh libraries      Debian's libraries for Qt and Xvfb
+#   setup.sh slurm          SLURM for its tests (scripts/slurm.sh)
 #   setup.sh constraints    constraints.txt anew, from pyproject.toml and the registry
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -118,6 +119,7 @@ make_constraints() {
 case "${1:-}" in
   env) make_env "${2:-test}" ;;
   libraries) install_libraries ;;
+  slurm) as_root bash scripts/slurm.sh install || fail "SLURM could not be installed here (needs Debian, and root or sudo)" ;;
   constraints) make_constraints ;;
-  *) fail "usage: setup.sh env [EXTRAS] | libraries | constraints" ;;
+  *) fail "usage: setup.sh env [EXTRAS] | libraries | slurm | constraints" ;;
 esac

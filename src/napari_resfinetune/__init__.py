@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         segment,
         segment_files,
         suggest_models,
+        sweep,
         train,
     )
     from napari_resfinetune.config import FinetuneConfig
@@ -47,6 +48,7 @@ _HOMES = {
         "segment",
         "segment_files",
         "suggest_models",
+        "sweep",
         "train",
     ),
     "config": ("FinetuneConfig",),
@@ -75,6 +77,7 @@ __all__ = [
     "segment",
     "segment_files",
     "suggest_models",
+    "sweep",
     "train",
 ]
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from napari_resfinetune.data.doctor import CheckReport
     from napari_resfinetune.evaluation import Evaluation
+    from napari_resfinetune.experiments.sweep import SweepResult
     from napari_resfinetune.inference import SegmentedFile
     from napari_resfinetune.models import SamModel
     from napari_resfinetune.planning import Plan
@@ -36,6 +37,7 @@ def train(
     resume: bool = False,
     isolate: bool = False,
     enforce_limits: bool = False,
+    processes: int = 1,
     **settings: Any,
 ) -> TrainResult:
     """Finetune a model on labelled images.
@@ -59,6 +61,9 @@ def train(
     enforce_limits
         Let the system keep the limits for this process too, all of it, while it trains; without, training looks after
         each step whether it is inside them.
+    processes
+        So many processes share every step, on CPUs or with a card each; ``training.batch_size`` is the batch of all of
+        them, and the result that of one process with that batch size. They are processes of their own, as `isolate`.
     **settings
         ``model``, ``strategy`` and ``preset`` by name, and the sections ``data``, ``training``, ``resources`` as
         mappings, with the keys of `FinetuneConfig`.
@@ -84,11 +89,23 @@ def train(
         written = open_run(output)[1].model_copy(update={"output": output})
         config = _same_run(written, config, whole=with_settings)
     else:
+        from napari_resfinetune.training.ranks import is_first_rank
         from napari_resfinetune.training.run_folder import check_output
 
         resume = False
-        check_output(output)
-    return _train(config, images, labels, on_event, stop, resume=resume, isolate=isolate, enforce=enforce_limits)
+        if is_first_rank():
+            check_output(output)
+    return _train(
+        config,
+        images,
+        labels,
+        on_event,
+        stop,
+        resume=resume,
+        isolate=isolate,
+        enforce=enforce_limits,
+        processes=processes,
+    )
 
 
 def resume(
@@ -102,6 +119,7 @@ def resume(
     resources: Mapping[str, Any] | None = None,
     isolate: bool = False,
     enforce_limits: bool = False,
+    processes: int = 1,
 ) -> TrainResult:
     """Continue a run exactly where it was.
 
@@ -118,8 +136,8 @@ def resume(
     resources
         Changes to that section of the configuration, as ``{"memory_gb": 12}``. What an earlier session had to switch on
         when its memory ran out is then no longer kept.
-    isolate, enforce_limits
-        As for `train`.
+    isolate, enforce_limits, processes
+        As for `train`; the number of processes need not be that of before.
 
     Raises
     ------
@@ -143,6 +161,7 @@ def resume(
         resume=True,
         isolate=isolate,
         enforce=enforce_limits,
+        processes=processes,
         keep_levers=not resources,
     )
 
@@ -487,6 +506,51 @@ def suggest_models(
     return suggest(config, images, labels, options, on_event=on_event, stop=stop)
 
 
+def sweep(
+    grid: Any,
+    *,
+    on_change: Any = None,
+    stop: StopToken | None = None,
+    published: bool = False,
+    **options: Any,
+) -> SweepResult:
+    """Train and score every combination of a grid, here or on a cluster; call it again to go on.
+
+    Parameters
+    ----------
+    grid
+        A `GridConfig`, a mapping with its keys, or the path of a YAML file.
+    on_change
+        Called with the states of all jobs, time and again.
+    stop
+        Ask it to stop, and what runs saves itself and ends.
+    published
+        Show the values of the published study in the tables.
+    **options
+        ``retry``, ``wait``, ``download`` and ``expansion`` as for `experiments.sweep.run_sweep`.
+
+    Returns
+    -------
+    SweepResult
+        How each job ended, and the tables and figures.
+    """
+    from napari_resfinetune.experiments import GridConfig, make_grid, read_grid
+    from napari_resfinetune.experiments.sweep import run_sweep
+
+    if isinstance(grid, str | Path):
+        grid = read_grid(grid)
+    elif not isinstance(grid, GridConfig):
+        grid = make_grid(grid)
+    return run_sweep(grid, on_change=on_change, stop=stop, published=published, **options)
+
+
+def report_sweep(folder: str | Path, *, published: bool = False) -> list[Path]:
+    """Write tables and figures of what a sweep has so far, and return their paths."""
+    from napari_resfinetune.experiments.report import write_report
+
+    return write_report(Path(folder), with_published=published)
+
+
 def doctor() -> dict[str, Any]:
     """Say what this computer has and what of the product works on it, as plain data."""
     from napari_resfinetune.planning import doctor_report
@@ -541,13 +605,14 @@ def _train(
     resume: bool,
     isolate: bool,
     enforce: bool,
+    processes: int,
     keep_levers: bool = True,
 ) -> TrainResult:
     how: dict[str, Any] = {"on_event": on_event, "stop": stop, "resume": resume, "keep_levers": keep_levers}
-    if isolate:
+    if isolate or processes != 1:
         from napari_resfinetune.training.child import train_in_child
 
-        return train_in_child(config, images, labels, **how)
+        return train_in_child(config, images, labels, processes=processes, **how)
     from napari_resfinetune.training.session import run_training
 
     return run_training(config, images, labels, enforce=enforce, **how)

@@ -22,9 +22,11 @@ from napari_resfinetune.cli.output import (
     results,
     stop_on_interrupt,
 )
+from napari_resfinetune.cli.sweep import run_in_chunks, sweep
 from napari_resfinetune.config import FinetuneConfig, make_config, merge, parse_overrides, read_yaml
 from napari_resfinetune.errors import ConfigError, DataError, ResourceError
 from napari_resfinetune.planning.planner import duration
+from napari_resfinetune.training.ranks import is_first_rank
 
 app = typer.Typer(
     name="resfinetune",
@@ -97,6 +99,17 @@ def check(images: Images = None, labels: Labels = None, set_: Set = None, as_jso
         raise typer.Exit(DataError.exit_status)
 
 
+OnExecutor = Annotated[
+    str | None,
+    typer.Option(
+        "--executor",
+        metavar="FILE",
+        help="For thousands of images: run in chunks on a cluster (YAML file with kind: slurm) or here (local).",
+    ),
+]
+Chunk = Annotated[int, typer.Option("--chunk", min=1, metavar="N", help="Images of a job, with --executor.")]
+
+
 ConfigFile = Annotated[
     Path | None, typer.Argument(metavar="CONFIG.yaml", help="Configuration as YAML; options below go over it.")
 ]
@@ -117,6 +130,16 @@ Isolate = Annotated[
 ]
 
 
+Processes = Annotated[
+    int,
+    typer.Option(
+        "--processes",
+        metavar="N",
+        help="Share every step among N processes, on CPUs or with a card each; training.batch_size is that of all.",
+    ),
+]
+
+
 @app.command()
 def train(
     config: ConfigFile = None,
@@ -129,6 +152,7 @@ def train(
         Path | None, typer.Option("--output", "-o", metavar="RUN", help="New folder for the run.")
     ] = None,
     isolate: Isolate = False,
+    processes: Processes = 1,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -142,7 +166,9 @@ def train(
             values["output"] = str(output)
         settings = _config(config, values, set_)
         with stop_on_interrupt() as stop, TrainingProgress() as progress:
-            result = api.train(settings, on_event=progress, stop=stop, isolate=isolate, enforce_limits=True)
+            result = api.train(
+                settings, on_event=progress, stop=stop, isolate=isolate, processes=processes, enforce_limits=True
+            )
         _end(result, as_json)
 
 
@@ -176,6 +202,7 @@ def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
     epochs: Annotated[int | None, typer.Option(help="A new number of epochs.")] = None,
     isolate: Isolate = False,
+    processes: Processes = 1,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A key of resources, as in --set resources.memory_gb=12."),
@@ -196,6 +223,7 @@ def resume(
                 on_event=progress,
                 stop=stop,
                 isolate=isolate,
+                processes=processes,
                 enforce_limits=True,
             )
         _end(result, as_json)
@@ -227,6 +255,8 @@ def segment(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace label images of other models, settings or origin.")
     ] = False,
+    executor: OnExecutor = None,
+    chunk: Chunk = 100,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -236,6 +266,14 @@ def segment(
     """
     with plain_errors():
         data = _config(None, {"data": _data(images, None)}, set_).data
+        if executor is not None:
+            arguments = ["--model", model, "--mode", mode, "--device", device, "--format", form, *_again(set_)]
+            arguments += [] if link is None else ["--link" if link else "--no-link"]
+            arguments += [] if gap_closing is None else ["--gap-closing", str(gap_closing)]
+            arguments += [] if min_z_extent is None else ["--min-z-extent", str(min_z_extent)]
+            arguments += ["--overwrite"] if overwrite else []
+            run_in_chunks("segment", data, output, arguments, executor, chunk, as_json)
+            return
         if data.images is None or output is None:
             raise ConfigError("segment: --images and --output are both needed")
         linking = {"link": link, "gap_closing": gap_closing, "min_z_extent": min_z_extent}
@@ -273,8 +311,13 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write one line per image as CSV.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Also write one line per image as CSV; a folder for chunks."
+        ),
     ] = None,
+    executor: OnExecutor = None,
+    chunk: Chunk = 100,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -283,6 +326,11 @@ def evaluate(
 
     with plain_errors():
         data = _config(None, {"data": _data(images, labels)}, set_).data
+        if executor is not None:
+            modes = [word for name in mode or ["ais"] for word in ("--mode", name)]
+            arguments = ["--model", model, *modes, "--device", device, *_again(set_)]
+            run_in_chunks("evaluate", data, output, arguments, executor, chunk, as_json)
+            return
         if data.images is None or data.labels is None:
             raise ConfigError("evaluate: --images and --labels are both needed")
         if output is not None and output.exists():
@@ -398,6 +446,29 @@ def demo(
             raise typer.Exit(STOPPED)
 
 
+app.command()(sweep)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="SWEEP", help="The folder of a sweep.")],
+    published: Annotated[
+        bool, typer.Option("--published", help="Show the values of the published study beside.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write tables and figures of a sweep, of what it has so far."""
+    with plain_errors():
+        files = api.report_sweep(folder, published=published)
+        if as_json:
+            print_json({"files": [str(path) for path in files]})
+            return
+        for path in files:
+            results.print(str(path))
+        if not files:
+            results.print("no job has given numbers yet")
+
+
 def _data(images: list[str] | None, labels: list[str] | None) -> dict[str, Any]:
     named = {"images": images, "labels": labels}
     return {name: value[0] if len(value) == 1 else value for name, value in named.items() if value}
@@ -446,6 +517,10 @@ def _config(path: Path | None, options: Mapping[str, Any], overrides: list[str] 
     return make_config(merge(values, options, parse_overrides(overrides or [])), str(path or "options"))
 
 
+def _again(overrides: list[str] | None) -> list[str]:
+    return [word for override in overrides or [] for word in ("--set", override)]
+
+
 def _inference(data: Any, overrides: list[str] | None) -> dict[str, Any]:
     """Pass on only what was asked for, so that a model's own settings count otherwise."""
     asked = parse_overrides(overrides or []).get("data", {})
@@ -466,6 +541,8 @@ def _scores(*values: float) -> list[str]:
 
 
 def _end(result: api.TrainResult, as_json: bool) -> None:
+    if not is_first_rank():  # of processes that torchrun began
+        return
     if as_json:
         print_json(result.to_dict())
     words = {

@@ -38,7 +38,9 @@ def plain_errors() -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[StopToken]:
+def stop_on_interrupt(
+    said: str = "stopping after this step and saving a checkpoint; press Ctrl-C again to end at once",
+) -> Iterator[StopToken]:
     """Hand out a token that Ctrl-C (or a request to terminate) sets; a second Ctrl-C ends at once."""
     token = StopToken()
 
@@ -46,7 +48,7 @@ def stop_on_interrupt() -> Iterator[StopToken]:
         if token.stopped:
             raise KeyboardInterrupt
         token.stop()
-        errors.print("stopping after this step and saving a checkpoint; press Ctrl-C again to end at once")
+        errors.print(said)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

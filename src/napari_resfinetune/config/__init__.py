@@ -1,7 +1,15 @@
 """Floor 0: what a run is, without torch and without Qt."""
 
 from napari_resfinetune.config.arguments import as_config, not_given
-from napari_resfinetune.config.files import make_config, merge, parse_overrides, read_config, read_yaml, write_config
+from napari_resfinetune.config.files import (
+    make_config,
+    merge,
+    parse_overrides,
+    read_config,
+    read_yaml,
+    validated,
+    write_config,
+)
 from napari_resfinetune.config.schema import (
     AugmentConfig,
     DataConfig,
@@ -35,5 +43,6 @@ __all__ = [
     "parse_overrides",
     "read_config",
     "read_yaml",
+    "validated",
     "write_config",
 ]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from napari_resfinetune.config.schema import FinetuneConfig
 from napari_resfinetune.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def make_config(values: Mapping[str, Any], where: str = "config") -> FinetuneConfig:
@@ -29,10 +31,28 @@ def make_config(values: Mapping[str, Any], where: str = "config") -> FinetuneCon
     ConfigError
         With one problem per wrong value, all at once.
     """
+    return validated(FinetuneConfig, values, where)
+
+
+def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
+    """Validate nested plain values as a model of settings.
+
+    Parameters
+    ----------
+    model
+        Such as `FinetuneConfig`.
+    values, where
+        As for `make_config`.
+
+    Raises
+    ------
+    ConfigError
+        With one problem per wrong value, all at once.
+    """
     try:
-        return FinetuneConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(*(_say(problem, where) for problem in error.errors())) from None
+        raise ConfigError(*(_say(problem, where, model) for problem in error.errors())) from None
 
 
 def read_config(
@@ -136,18 +156,17 @@ def _holds_itself(value: Any, outer: tuple[int, ...] = ()) -> bool:
     return id(value) in outer or any(_holds_itself(item, (*outer, id(value))) for item in inner)
 
 
-def _say(problem: Any, where: str) -> str:
+def _say(problem: Any, where: str, model: type[BaseModel]) -> str:
     location = ".".join(str(part) for part in problem["loc"])
     found = problem.get("input")
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key '{location}'{_suggestion(problem['loc'])}"
+        return f"{where}: unknown key '{location}'{_suggestion(problem['loc'], model)}"
     shown = "" if isinstance(found, dict) else f" found {found!r};"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {location or 'configuration'}:{shown} {message[:1].lower()}{message[1:]}"
 
 
-def _suggestion(location: Sequence[int | str]) -> str:
-    model: type[BaseModel] = FinetuneConfig
+def _suggestion(location: Sequence[int | str], model: type[BaseModel]) -> str:
     for part in location[:-1]:
         field = model.model_fields.get(str(part))
         inner = field.annotation if field else None

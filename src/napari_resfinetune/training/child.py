@@ -1,4 +1,4 @@
-"""Training in a process of its own: nothing that happens there can take the caller with it.
+"""Training in processes of its own: nothing that happens there can take the caller with it.
 
 The child is this very module. It reads one request as a line of JSON, runs it inside its limits, and writes events as
 lines of JSON, the result last. ``stop``, or the end of its input, asks it to save and stop, so a child whose parent is
@@ -11,10 +11,12 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -23,8 +25,10 @@ from napari_resfinetune import errors
 from napari_resfinetune.config import FinetuneConfig, make_config
 from napari_resfinetune.errors import DataError, ResFinetuneError, ResourceError, TrainingError
 from napari_resfinetune.events import Event, Failed, OnEvent, StopToken, event_from_dict
+from napari_resfinetune.training.ranks import check_processes
 from napari_resfinetune.training.result import TrainResult
 
+LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 STOP = "stop"
 LOOK_SECONDS = 0.1
 END_SECONDS = 60.0
@@ -39,6 +43,7 @@ def train_in_child(
     stop: StopToken | None = None,
     resume: bool = False,
     keep_levers: bool = True,
+    processes: int = 1,
 ) -> TrainResult:
     """Train in a process of its own, which keeps the limits and gives all memory back when it ends.
 
@@ -46,12 +51,15 @@ def train_in_child(
     ----------
     config, images, labels, on_event, stop, resume, keep_levers
         As for `session.run_training`; `on_event` is called in this process and thread.
+    processes
+        So many share every step (`training.ranks`), on CPUs or with a card each. The first of them writes and speaks.
 
     Raises
     ------
     ResFinetuneError
-        What the child raised; `TrainingError` when it was killed.
+        What a child raised; `TrainingError` when one was killed.
     """
+    check_processes(config, processes)
     run_dir = Path(str(config.output))
     with tempfile.TemporaryDirectory(prefix="resfinetune-") as folder:
         request = {
@@ -61,22 +69,20 @@ def train_in_child(
             "resume": resume,
             "keep_levers": keep_levers,
         }
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "napari_resfinetune.training.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
+        children = [_begin(environment) for environment in _environments(processes)]
+        child = children[0]
         try:
-            _send(child, json.dumps(request))
-            with _forwarding(stop, child):
+            for each in children:
+                _send(each, json.dumps(request))
+            with _watching(stop, children):
                 outcome = _listen(child, on_event)
         except KeyboardInterrupt:  # the second one: at once
-            child.kill()
+            for each in children:
+                each.kill()
             raise
         finally:
-            _end(child)
+            for each in children:
+                _end(each)
     if outcome is None:
         resumable = (run_dir / "checkpoints" / "latest").is_dir()
         failed = Failed(_killed(child.returncode, run_dir, resumable), resumable=resumable)
@@ -88,6 +94,37 @@ def train_in_child(
         raise getattr(errors, outcome["error"], TrainingError)(*outcome["problems"])
     result = outcome["result"]
     return TrainResult(**{**result, "run_dir": Path(result["run_dir"])})
+
+
+def _environments(processes: int) -> list[dict[str, str] | None]:
+    """Return what tells each of several processes where to meet, as torchrun does; `None` is the environment as it is.
+
+    A single process must not take part in a meeting that this one takes part in.
+    """
+    if processes == 1:
+        return [{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # gloo would look for the address of the computer's name, which not every computer has.
+    if sys.platform in LOOPBACK:
+        shared["GLOO_SOCKET_IFNAME"] = LOOPBACK[sys.platform]
+    return [
+        {**os.environ, **{name: str(value) for name, value in {**shared, "RANK": r, "LOCAL_RANK": r}.items()}}
+        for r in range(processes)
+    ]
+
+
+def _begin(environment: dict[str, str] | None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "napari_resfinetune.training.child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+    )
 
 
 def _listen(child: subprocess.Popen[str], on_event: OnEvent | None) -> dict[str, Any] | None:
@@ -105,20 +142,24 @@ def _listen(child: subprocess.Popen[str], on_event: OnEvent | None) -> dict[str,
 
 
 @contextlib.contextmanager
-def _forwarding(stop: StopToken | None, child: subprocess.Popen[str]) -> Iterator[None]:
-    """Tell the child when a stop is asked for."""
-    if stop is None:
-        yield
-        return
+def _watching(stop: StopToken | None, children: Sequence[subprocess.Popen[str]]) -> Iterator[None]:
+    """Tell the first child when a stop is asked for, and end it when it waits in vain for another that has ended."""
     done = threading.Event()
 
     def look() -> None:
+        told, lost_since = False, None
         while not done.wait(LOOK_SECONDS):
-            if stop.stopped:
-                _send(child, STOP)
-                return
+            if stop is not None and stop.stopped and not told:
+                told = True
+                _send(children[0], STOP)
+            if any(child.poll() not in (None, 0) for child in children[1:]):
+                # It notices by itself and saves, unless it hangs in the driver of its card.
+                lost_since = lost_since or time.monotonic()
+                if time.monotonic() - lost_since > END_SECONDS:
+                    children[0].kill()
+                    return
 
-    thread = threading.Thread(target=look, name="stop training", daemon=True)
+    thread = threading.Thread(target=look, name="watch training", daemon=True)
     thread.start()
     try:
         yield

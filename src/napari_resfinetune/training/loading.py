@@ -10,12 +10,13 @@ from torch.utils.data import DataLoader
 from napari_resfinetune.config import TrainingConfig
 from napari_resfinetune.data.patches import Patch, TrainingPatches
 from napari_resfinetune.training.checkpoints import Progress
+from napari_resfinetune.training.ranks import Ranks
 
 
 def load_batches(
-    patches: TrainingPatches, progress: Progress, plan: TrainingConfig, workers: int, *, pinned: bool
+    patches: TrainingPatches, progress: Progress, plan: TrainingConfig, workers: int, ranks: Ranks, *, pinned: bool
 ) -> DataLoader[Patch]:
-    """Return a loader of the lists of patches of every step from where a run stands to its last epoch.
+    """Return a loader of this process's patches of every step from where a run stands to its last epoch.
 
     Parameters
     ----------
@@ -27,12 +28,14 @@ def load_batches(
         Epochs, samples and batch size.
     workers
         Processes that load; 0 loads in this one.
+    ranks
+        Processes that share every step.
     pinned
         Put patches into memory that a card can copy from in the background.
     """
     return DataLoader(
         patches,
-        batch_sampler=_Batches(progress, plan),
+        batch_sampler=_Batches(progress, plan, ranks),
         num_workers=workers,
         collate_fn=list,
         pin_memory=pinned,
@@ -45,15 +48,22 @@ def _leave_interrupts_to_parent(worker: int) -> None:
 
 
 class _Batches:
-    """Indices of the patches of every step from where a run stands to its last epoch."""
+    """Indices of this process's patches of every step from where a run stands to its last epoch."""
 
-    def __init__(self, progress: Progress, plan: TrainingConfig) -> None:
+    def __init__(self, progress: Progress, plan: TrainingConfig, ranks: Ranks) -> None:
         self.first = (progress.epoch, progress.step)
         self.plan = plan
+        self.ranks = ranks
 
     def __iter__(self) -> Iterator[list[int]]:
         samples, size = self.plan.samples_per_epoch, self.plan.batch_size
         epoch, step = self.first
         for e in range(epoch, self.plan.epochs):
             for s in range(step if e == epoch else 0, self.plan.steps_per_epoch):
-                yield [e * samples + i for i in range(s * size, min((s + 1) * size, samples))]
+                count = samples_of_step(self.plan, s)
+                yield [e * samples + s * size + i for i in self.ranks.own(count)]
+
+
+def samples_of_step(plan: TrainingConfig, step: int) -> int:
+    """Return how many patches a step of an epoch has; the last may have fewer."""
+    return min(plan.batch_size, plan.samples_per_epoch - step * plan.batch_size)

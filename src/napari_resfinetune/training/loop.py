@@ -47,8 +47,9 @@ from napari_resfinetune.training.checkpoints import (
 from napari_resfinetune.training.feature_cache import FeatureCache
 from napari_resfinetune.training.frozen import announce, open_features
 from napari_resfinetune.training.job import TrainingJob
-from napari_resfinetune.training.loading import load_batches
+from napari_resfinetune.training.loading import load_batches, samples_of_step
 from napari_resfinetune.training.prompts import PromptPlan, plan_training_prompts, plan_validation_prompts
+from napari_resfinetune.training.ranks import PeerLost, Ranks
 from napari_resfinetune.training.step import Losses, backward_samples, step_settings, validate_sample
 from napari_resfinetune.training.survival import OutOfMemory, free, go_back, is_out_of_memory, remember
 
@@ -71,10 +72,15 @@ class Trainer:
         Continue from ``checkpoints/latest`` when there is one.
     keep_levers
         Leave what an earlier session had to switch on when its memory ran out.
+    ranks
+        Processes that share the training; the first of them writes.
     """
 
-    def __init__(self, job: TrainingJob, *, resume: bool = False, keep_levers: bool = True) -> None:
+    def __init__(
+        self, job: TrainingJob, *, resume: bool = False, keep_levers: bool = True, ranks: Ranks | None = None
+    ) -> None:
         self.job = job
+        self.ranks = ranks or Ranks()
         self.device = next(job.model.parameters()).device
         self.work = job.work
         self.gauge = MemoryGauge(str(self.device), job.memory_limit_gb)
@@ -83,8 +89,8 @@ class Trainer:
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.with_masks = self.plan.targets in ("both", "masks")
         self.with_instances = self.plan.targets in ("both", "instances")
-        parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
-        self.optimizer = AdamW(parameters, lr=self.plan.learning_rate, fused=True)
+        self.parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
+        self.optimizer = AdamW(self.parameters, lr=self.plan.learning_rate, fused=True)
         self.scheduler = ReduceLROnPlateau(
             self.optimizer, mode="min", factor=self.plan.plateau_factor, patience=self.plan.plateau_patience
         )
@@ -115,8 +121,14 @@ class Trainer:
         OutOfMemory
             When memory ran out and no lever is left; ``checkpoints/latest`` is where it stood.
         TrainingError
-            When the loss is no longer a number.
+            When the loss is no longer a number, or another process of the run has ended.
         """
+        try:
+            yield from self._run(stop)
+        except PeerLost as error:
+            raise self._end_alone(error) from None
+
+    def _run(self, stop: StopToken) -> Generator[Event, None, None]:
         progress = self.progress
         self._clock = time.monotonic() - progress.seconds
         self._saved = time.monotonic()
@@ -128,9 +140,11 @@ class Trainer:
                 status = self._ended()
             if self.features is not None and status is None:
                 features = self.features
-                yield Message((yield from self._surviving(lambda: self._announce(features))))
+                yield Message(
+                    (yield from self._surviving(lambda: self.ranks.together(lambda: self._announce(features))))
+                )
             for batch in self._batches() if status is None else ():
-                if stop.stopped:
+                if self.ranks.any(stop.stopped):
                     status = "stopped"
                     yield self._save("latest")
                     break
@@ -148,7 +162,7 @@ class Trainer:
                     break
                 yield from self._stay_inside()
         self.write_best()
-        if status != "stopped":
+        if status != "stopped" and self.ranks.is_first:
             shutil.rmtree(self.job.run.features, ignore_errors=True)
         yield Finished(
             status=status or "finished",
@@ -179,7 +193,7 @@ class Trainer:
     def write_best(self) -> Path | None:
         """Write the best checkpoint as ``model.pt``; without one yet there is nothing to write."""
         best = find_checkpoint(self.job.run.best)
-        if best is None:
+        if best is None or not self.ranks.is_first:
             return None
         load_weights(best, self.job.model)
         data = self.job.config.data
@@ -224,7 +238,8 @@ class Trainer:
         while True:
             workers = self.work.workers
             try:
-                for batch in load_batches(self.job.training, self.progress, self.plan, workers, pinned=pinned):
+                loader = load_batches(self.job.training, self.progress, self.plan, workers, self.ranks, pinned=pinned)
+                for batch in loader:
                     yield batch
                     if self.work.workers != workers:
                         break
@@ -242,6 +257,9 @@ class Trainer:
             before = remember(self.job.model, self.scaler)
             try:
                 return attempt()
+            except PeerLost:
+                self.scaler = go_back(before, self.job.model, self.optimizer, self.scaler)
+                raise
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -258,7 +276,7 @@ class Trainer:
         if limit_gb is None or self.device.type != "cpu":
             return
         taken_gb = self.watch.peak_gb - self.job.foreign_gb + WORKER_GB * self.work.workers
-        if taken_gb > limit_gb:
+        if self.ranks.any(taken_gb > limit_gb):
             self.optimizer.zero_grad(set_to_none=True)
             yield self._pull_lever(f"{taken_gb:.1f} GB were taken, {limit_gb:.1f} GB are allowed")
             free()
@@ -329,27 +347,12 @@ class Trainer:
         yield event
 
     def _update(self, batch: Sequence[Patch], number: int, with_masks: bool, with_instances: bool) -> list[Losses]:
-        """Take one optimizer step, unless the loss is no longer a number."""
-        step = self.progress.epoch * self.steps_per_epoch + self.progress.step
-        # Dropout of adapters draws from torch's generators, on whatever device: the same numbers in the same step.
-        stream = np.random.SeedSequence([self.plan.seed, DROPOUT_STREAM, step, number])
-        torch.manual_seed(int(stream.generate_state(1)[0]))
-        plans = [self._training_prompts(patch, step) if with_masks else None for patch in batch]
+        """Take one optimizer step, unless the loss is no longer a number; return the losses of all its samples."""
+        count = samples_of_step(self.plan, self.progress.step)
         self.optimizer.zero_grad(set_to_none=True)
-        losses: list[Losses] = []
-        at_once = self.work.micro_batch
-        for first in range(0, len(batch), at_once):
-            chosen = slice(first, first + at_once)
-            losses += backward_samples(
-                self.job.model,
-                batch[chosen],
-                plans[chosen],
-                self.settings,
-                train_instances=with_instances,
-                weight=1 / len(batch),
-                scaler=self.scaler,
-                features=self.features,
-            )
+        own = self.ranks.together(lambda: self._add_gradients(batch, count, number, with_masks, with_instances))
+        losses = self._gather(own, count, with_masks, with_instances)
+        self.ranks.add_gradients(self.parameters)
         if not all(math.isfinite(sample.total) for sample in losses):
             raise self._fail("the loss")
         if self.scaler is not None:
@@ -358,6 +361,52 @@ class Trainer:
         else:
             self.optimizer.step()
         return losses
+
+    def _add_gradients(
+        self, batch: Sequence[Patch], count: int, number: int, with_masks: bool, with_instances: bool
+    ) -> list[Losses]:
+        """Add the gradients of this process's samples, of `count` that the step has, and return their losses."""
+        step = self.progress.epoch * self.steps_per_epoch + self.progress.step
+        plans = [self._training_prompts(patch, step) if with_masks else None for patch in batch]
+        losses: list[Losses] = []
+        at_once = self.work.micro_batch
+        for first in range(0, len(batch), at_once):
+            chosen = slice(first, first + at_once)
+            # Dropout of adapters draws from torch's generators, on whatever device: the same numbers for a sample.
+            stream = [self.plan.seed, DROPOUT_STREAM, step, number, self.ranks.own(count)[first]]
+            torch.manual_seed(int(np.random.SeedSequence(stream).generate_state(1)[0]))
+            losses += backward_samples(
+                self.job.model,
+                batch[chosen],
+                plans[chosen],
+                self.settings,
+                train_instances=with_instances,
+                weight=1 / count,
+                scaler=self.scaler,
+                features=self.features,
+            )
+        return losses
+
+    def _gather(self, own: Sequence[Losses], count: int, with_masks: bool, with_instances: bool) -> list[Losses]:
+        """Return the losses of all processes' samples, in their order."""
+        if self.ranks.size == 1:
+            return list(own)
+        rows = self.ranks.gather([[loss.mask or 0.0, loss.iou or 0.0, loss.instance or 0.0] for loss in own], count)
+        return [
+            Losses(mask if with_masks else None, iou if with_masks else None, instance if with_instances else None)
+            for mask, iou, instance in rows
+        ]
+
+    def _end_alone(self, error: PeerLost) -> TrainingError:
+        """Save where the run stood, and return the error that ends it, when another of its processes is gone."""
+        folder = self.job.run.path
+        if self.ranks.is_first and self._between_steps:
+            self._save("latest")
+        again = f"go on with: resfinetune resume {folder}"
+        return TrainingError(
+            f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}: {error}; its last checkpoint is whole; "
+            f"{again}"
+        )
 
     def _end_epoch(self) -> Iterator[Event]:
         progress = self.progress
@@ -387,15 +436,24 @@ class Trainer:
         if improved:
             yield self._save("best")
         yield self._save("latest")
-        if self.plan.keep_every and progress.epoch % self.plan.keep_every == 0:
+        if self.plan.keep_every and progress.epoch % self.plan.keep_every == 0 and self.ranks.is_first:
             kept = keep_checkpoint(self.job.run.latest, f"epoch-{progress.epoch:04d}")
             yield Checkpointed(str(kept), kept.name, ended.epoch)
 
     def _validate(self) -> tuple[float, float | None, float | None]:
         """Return the metric, the mean dice error of the masks and the mean loss of the instance decoder."""
+        count = len(self.job.validation)
+        own = self.ranks.together(lambda: self._validate_own(count))
+        losses = self._gather(own, count, self.with_masks, self.with_instances)
+        mask, instance = _mean_part(losses, "mask"), _mean_part(losses, "instance")
+        if mask is None or instance is None:
+            return (mask if mask is not None else instance) or 0.0, mask, instance
+        return mask + INSTANCE_METRIC_WEIGHT * instance, mask, instance
+
+    def _validate_own(self, count: int) -> list[Losses]:
         self.job.model.eval()
         losses = []
-        for index in range(len(self.job.validation)):
+        for index in self.ranks.own(count):
             patch = self.job.validation[index]
             rng = np.random.default_rng([self.plan.seed, VALIDATION_STREAM, index])
             prompts = (
@@ -413,10 +471,7 @@ class Trainer:
                     features=self.features,
                 )
             )
-        mask, instance = _mean_part(losses, "mask"), _mean_part(losses, "instance")
-        if mask is None or instance is None:
-            return (mask if mask is not None else instance) or 0.0, mask, instance
-        return mask + INSTANCE_METRIC_WEIGHT * instance, mask, instance
+        return losses
 
     def _training_prompts(self, patch: Patch, step: int) -> PromptPlan:
         return plan_training_prompts(
@@ -431,6 +486,8 @@ class Trainer:
     def _save(self, name: str) -> Checkpointed:
         folder = self.job.run.path / "checkpoints" / name
         self._saved = time.monotonic()
+        if not self.ranks.is_first:
+            return Checkpointed(str(folder), name, self.progress.epoch)
         if name == "best":
             save_checkpoint(folder, self.job.model, self.progress)
         else:

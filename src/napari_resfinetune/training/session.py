@@ -39,6 +39,7 @@ from napari_resfinetune.training.prepare import (
     open_data,
     settle,
 )
+from napari_resfinetune.training.ranks import Ranks, joined_ranks, per_process
 from napari_resfinetune.training.result import TrainResult
 from napari_resfinetune.training.run_folder import RunFolder, RunLog, create_run
 from napari_resfinetune.training.survival import OutOfMemory, is_out_of_memory
@@ -58,7 +59,7 @@ def run_training(
     keep_levers: bool = True,
     enforce: bool = False,
 ) -> TrainResult:
-    """Train, from the first check to ``model.pt``.
+    """Train, from the first check to ``model.pt``; together with other processes where the environment names them.
 
     Parameters
     ----------
@@ -80,6 +81,23 @@ def run_training(
     ConfigError, DataError, ModelError, ResourceError, TrainingError
         Before anything is written wherever possible.
     """
+    how: dict[str, Any] = {"resume": resume, "keep_levers": keep_levers}
+    with joined_ranks(config) as ranks:
+        return _run_training(config, images, labels, on_event, stop, ranks, enforce=enforce, **how)
+
+
+def _run_training(
+    config: FinetuneConfig,
+    images: Any,
+    labels: Any,
+    on_event: OnEvent | None,
+    stop: StopToken | None,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    keep_levers: bool,
+    enforce: bool,
+) -> TrainResult:
     run = RunFolder(Path(str(config.output)))
     if resume and config.data.images is None and images is None:
         raise ConfigError(f"{config.output}: the run was given arrays; resume it from Python with the same arrays")
@@ -87,12 +105,12 @@ def run_training(
     if resume:
         check_same_split(run.read_json("split.json"), data, run)
     hardware = probe_hardware()
-    setup = choose_setup(config, hardware)
+    setup = ranks.share(choose_setup(config, hardware))
     location = resolve_model(config.model)
     if not resume:
         config = settle(config, setup, location)
     length = length_of(config, len(data.split.validation))
-    plan = plan_run(config, setup, hardware, location.architecture, length)
+    plan = plan_run(per_process(config, ranks), setup, hardware, location.architecture, length)
     refuse_if_hopeless(plan, config, setup.limits)
     config = levered(config, plan.levers)
     foreign_gb = 0.0 if enforce else max(0.0, process_memory_gb() - LIBRARIES_GB["cpu"])
@@ -100,14 +118,15 @@ def run_training(
         with within_limits(setup.limits, setup.device, hardware, enforce=enforce, workers=plan.work.workers):
             # A model that cannot be used leaves no run folder behind.
             job, learning = make_job(config, run, data, setup, location, foreign_gb)
-            if not resume:
+            if not resume and ranks.is_first:
                 create_run(run.path, job.config)
                 run.write_json("environment.json", environment_report(hardware))
                 run.write_json("plan.json", {**setup.to_dict(), **plan.to_dict()})
                 run.write_json("split.json", data.split.to_dict(data.pairs))
             opening = _opening(data, setup, plan, learning)
-            learn = _Calibration(job, plan, hardware, setup) if enforce else None
-            return _run(job, opening, learn, on_event, stop, resume=resume, keep_levers=keep_levers)
+            learn = _Calibration(job, plan, hardware, setup) if enforce and ranks.size == 1 else None
+            trainer = Trainer(job, resume=resume, keep_levers=keep_levers, ranks=ranks)
+            return _run(trainer, opening, learn, on_event, stop)
     except OutOfMemory as error:
         problems = error.problems
     except (RuntimeError, MemoryError) as error:
@@ -119,21 +138,20 @@ def run_training(
 
 
 def _run(
-    job: TrainingJob,
+    trainer: Trainer,
     opening: Iterator[str],
     learn: _Calibration | None,
     on_event: OnEvent | None,
     stop: StopToken | None,
-    *,
-    resume: bool,
-    keep_levers: bool,
 ) -> TrainResult:
-    run = job.run
-    trainer = Trainer(job, resume=resume, keep_levers=keep_levers)
-    log = RunLog(run, first_epoch=trainer.progress.epoch)
+    run = trainer.job.run
+    # Only one of the processes of a run says what happens: the others see the same.
+    log = RunLog(run, first_epoch=trainer.progress.epoch) if trainer.ranks.is_first else None
     finished = None
 
     def tell(event: Event) -> None:
+        if log is None:
+            return
         log(event)
         if on_event is not None:
             on_event(event)
@@ -156,7 +174,8 @@ def _run(
             tell(Failed(str(error), resumable=find_checkpoint(run.latest) is not None))
         raise
     finally:
-        log.close()
+        if log is not None:
+            log.close()
     if finished is None:
         raise RuntimeError("the trainer ended without saying how")
     return TrainResult(

@@ -1,0 +1,128 @@
+"""One piece of a sweep, as a folder: what is to be done, how far it is, and what came out.
+
+A job has steps that are done one after another. What each of them needs stands in ``job.json``, what came out of it in
+``result.json``, so that whoever looks at the folder, now or after a crash, sees the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from napari_resfinetune.errors import ConfigError, ResourceError
+
+STOP_FILE = "stop"
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a job takes, by prediction.
+
+    Attributes
+    ----------
+    memory_gb, ram_gb
+        Of the memory that decides, and of RAM.
+    seconds
+        At most, all steps together.
+    preset
+        Name of a hardware preset, or ``"auto"``.
+    device
+        ``"cpu"``, ``"cuda"`` or ``"mps"``.
+    cores
+        CPU cores.
+    """
+
+    memory_gb: float
+    ram_gb: float
+    seconds: float
+    preset: str
+    device: str
+    cores: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Attributes
+    ----------
+    name
+        Of its folder in ``jobs``.
+    work
+        For each step, in their order, what it needs, as plain values for `worker.STEPS`.
+    need
+        What it takes.
+    """
+
+    name: str
+    work: Mapping[str, Mapping[str, Any]]
+    need: Need
+
+
+def job_folder(output: Path, name: str) -> Path:
+    """Return the folder of a job."""
+    return output / "jobs" / name
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all.
+
+    Raises
+    ------
+    ResourceError
+        When it cannot be written.
+    """
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(new, path)
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written ({error.strerror}); free disk space, then go on") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file; an empty mapping when it is not there.
+
+    Raises
+    ------
+    ConfigError
+        When it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); delete it, and its job is done again") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}; delete it, and its job is done again")
+    return content
+
+
+def read_result(output: Path, name: str) -> dict[str, Any]:
+    """Return what came out of a job so far: a mapping of its finished steps, and ``"error"`` where it failed."""
+    return read_json(job_folder(output, name) / "result.json")
+
+
+def steps_left(output: Path, job: Job) -> list[str]:
+    """Return the steps that are not done, in their order."""
+    done = read_result(output, job.name)
+    return [step for step in job.work if step not in done]
+
+
+def forget_error(output: Path, name: str) -> None:
+    """Let a failed job be tried again; what it finished stays."""
+    result = read_result(output, name)
+    if result.pop("error", None) is not None:
+        write_json(job_folder(output, name) / "result.json", result)
+
+
+def has_checkpoint(output: Path, name: str) -> bool:
+    """Say whether there is a training to go on with."""
+    return (job_folder(output, name) / "run" / "checkpoints" / "latest").is_dir()
