@@ -58,6 +58,7 @@ def same_weights(one: str | Path, other: str | Path) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_package_passes_bioimageios_own_test(package: Path) -> None:
     """Offline: the network is refused in tests."""
     from bioimageio.core import test_model
