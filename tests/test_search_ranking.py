@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -129,4 +131,6 @@ def test_advice_prefers_the_smaller_of_models_that_are_too_close_to_call():
     same = [suggestion("one.pt", "vit_t", True), suggestion("two.pt", "vit_t", True)]
     assert advise(same, labelled=True).startswith("start from one.pt")
     assert "two.pt is too close to call" in advise(same, labelled=True)
+    settled = [dataclasses.replace(each, scores={"pilot": 0.5}) for each in close]
+    assert "start from vit_b_lm: of the models that were too close" in advise(settled, labelled=True)
     assert "only model" in advise(clear[:1], labelled=True)

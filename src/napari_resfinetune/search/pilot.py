@@ -49,7 +49,7 @@ def run_pilots(search: Search, standings: Sequence[Standing], epochs: int) -> li
         if search.stop.stopped:
             return list(standings)
     known = [
-        replace(each, scores={**each.scores, "pilot": found[each.model]}) if each.model in found else each
+        replace(each, close=True, scores={**each.scores, "pilot": found[each.model]}) if each.model in found else each
         for each in standings
         if each.model in search.entries
     ]

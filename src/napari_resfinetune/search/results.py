@@ -126,6 +126,8 @@ def advise(ranked: Sequence[Suggestion], *, labelled: bool) -> str:
     if not ranked:
         return "no model was scored, so there is nothing to suggest yet"
     first = ranked[0]
+    if "pilot" in first.scores:
+        return f"start from {first.model}: of the models that were too close to call it did best in a short training"
     close = [each for each in ranked[1:] if each.too_close]
     why = "it does best on your images" if labelled else "its results are the steadiest on your images"
     if not close:
