@@ -60,7 +60,9 @@ class Command(Checkpointable):
         """Let the command save and end, and return what to queue again."""
         if self.process is not None:
             self.process.terminate()
-            self.process.wait()
+            # This interrupts __call__, which holds the lock that wait() would take.
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(Command(self.words))
 
 
