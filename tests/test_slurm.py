@@ -94,7 +94,7 @@ class Trouble:
             self.seen.add("limited")
             # SLURM looks every half minute, and only then sends the warning.
             self.limit(math.ceil((time.monotonic() - self.began + 45) / 60))
-        log = "".join(path.read_text() for path in (self.output / "logs").glob(f"{self.number(TOO_LONG)}_0_log.err"))
+        log = "".join(path.read_text() for path in (self.output / "logs").glob(f"{self.number(TOO_LONG)}_0_log.out"))
         if "limited" in self.seen and "requeued" not in self.seen and "Requeued job" in log:
             self.seen.add("requeued")
             self.set_epochs(run / "config.yaml", self.epochs_done(run) + 1)
