@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,7 @@ class Trouble:
         self.output = output
         self.seen: set[str] = set()
         self.states: set[tuple[str, str]] = set()
+        self.began = math.inf
 
     def __call__(self, states) -> None:
         now = {state.name: state.state for state in states}
@@ -85,10 +88,13 @@ class Trouble:
         if now[CANCELLED] == "running" and "cancelled" not in self.seen:
             self.seen.add("cancelled")
             subprocess.run(["scancel", self.number(CANCELLED)], check=True)
+        if now[TOO_LONG] == "running":
+            self.began = min(self.began, time.monotonic())
         if "limited" not in self.seen and (run / "checkpoints" / "latest").is_dir():
             self.seen.add("limited")
-            self.limit(1)
-        log = "".join(path.read_text() for path in (self.output / "logs").glob(f"{self.number(TOO_LONG)}_0_log.err"))
+            # SLURM looks every half minute, and only then sends the warning.
+            self.limit(math.ceil((time.monotonic() - self.began + 45) / 60))
+        log = "".join(path.read_text() for path in (self.output / "logs").glob(f"{self.number(TOO_LONG)}_0_log.out"))
         if "limited" in self.seen and "requeued" not in self.seen and "Requeued job" in log:
             self.seen.add("requeued")
             self.set_epochs(run / "config.yaml", self.epochs_done(run) + 1)

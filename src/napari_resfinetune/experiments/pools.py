@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,8 @@ YEAR_MINUTES = 365 * 24 * 60
 THREADS_EACH = 2
 # What is asked for beyond the prediction.
 MEMORY_FACTOR, MEMORY_EXTRA_GB, TIME_FACTOR = 1.2, 2.0, 1.5
+# Seconds between questions to a busy SLURM that did not answer.
+PAUSES = (2.0, 10.0, 30.0, 60.0)
 
 
 class Command(Checkpointable):
@@ -57,7 +60,9 @@ class Command(Checkpointable):
         """Let the command save and end, and return what to queue again."""
         if self.process is not None:
             self.process.terminate()
-            self.process.wait()
+            # This interrupts __call__, which holds the lock that wait() would take.
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(Command(self.words))
 
 
@@ -304,9 +309,13 @@ class SlurmPool:
     def _queue(self) -> dict[str, str]:
         """Return SLURM's numbers of this user's jobs that are not over, with ``"queued"`` or ``"running"``."""
         command = ["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%A|%T"]
-        asked = subprocess.run(command, check=False, capture_output=True, text=True)
-        if asked.returncode:
-            raise ResourceError(f"squeue does not answer ({asked.stderr.strip()}); jobs go on, call again later")
+        for pause in (*PAUSES, None):
+            asked = subprocess.run(command, check=False, capture_output=True, text=True)
+            if not asked.returncode:
+                break
+            if pause is None:
+                raise ResourceError(f"squeue does not answer ({asked.stderr.strip()}); jobs go on, call again later")
+            time.sleep(pause)
         known = {}
         for line in asked.stdout.split():
             array, task, number, state = line.split("|")
