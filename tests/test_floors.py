@@ -21,6 +21,7 @@ FLOORS = (
     {"training"},
     {"inference"},
     {"evaluation"},
+    {"reporting"},
     {"search"},
     {"experiments"},
     {"api", "cli", "__init__", "__main__"},

@@ -9,7 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from napari_resfinetune.api import TrainResult, check, doctor, evaluate, load_model, plan, resume, segment, train
+    from napari_resfinetune.api import (
+        TrainResult,
+        check,
+        doctor,
+        evaluate,
+        load_model,
+        plan,
+        report,
+        resume,
+        segment,
+        train,
+    )
     from napari_resfinetune.config import FinetuneConfig
     from napari_resfinetune.errors import (
         ConfigError,
@@ -22,7 +33,7 @@ if TYPE_CHECKING:
     from napari_resfinetune.events import StopToken
 
 _HOMES = {
-    "api": ("TrainResult", "check", "doctor", "evaluate", "load_model", "plan", "resume", "segment", "train"),
+    "api": ("TrainResult", "check", "doctor", "evaluate", "load_model", "plan", "report", "resume", "segment", "train"),
     "config": ("FinetuneConfig",),
     "errors": ("ConfigError", "DataError", "ModelError", "ResFinetuneError", "ResourceError", "TrainingError"),
     "events": ("StopToken",),
@@ -44,6 +55,7 @@ __all__ = [
     "evaluate",
     "load_model",
     "plan",
+    "report",
     "resume",
     "segment",
     "train",

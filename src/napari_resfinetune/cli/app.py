@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -239,19 +238,34 @@ def segment(
 def evaluate(
     images: Images = None,
     labels: Labels = None,
-    model: Model = "vit_b_lm",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="Model name, checkpoint or run folder; repeat to compare several."
+        ),
+    ] = None,
     mode: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="ais, apg, amg, box or point; repeat for more. Default: ais."),
+        typer.Option(
+            metavar="NAME",
+            help="ais, apg, amg, box, point, iterative_box or iterative_point; repeat for more. Default: ais.",
+        ),
     ] = None,
+    volumes: Annotated[bool, typer.Option("--volumes", help="Score a stack as one volume, not each slice.")] = False,
     device: Device = "auto",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write one line per image as CSV.")
+        Path | None,
+        typer.Option("--csv", "--output", "-o", metavar="FILE", help="Also write one line per model and image as CSV."),
     ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep embeddings and scores, and take those that are kept.")
+    ] = True,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a model on labelled images: SA50, SA75 and mSA per image and as a mean."""
+    """Score models on labelled images: SA50, SA75, mSA and more, with intervals and kinds of error."""
+    from napari_resfinetune.cli.scores import print_scores, scores_as_json
+    from napari_resfinetune.evaluation import write_rows
     from napari_resfinetune.training.run_folder import check_writable
 
     with plain_errors():
@@ -265,42 +279,42 @@ def evaluate(
         found = api.evaluate(
             data.images,
             data.labels,
-            model=model,
+            model=list(dict.fromkeys(model or ["vit_b_lm"])),
             modes=tuple(mode or ["ais"]),
+            volumes=volumes,
+            cache=cache,
             device=device,
-            on_progress=lambda done, total, name: errors.print(f"{done} of {total}: {name}"),
+            on_progress=lambda done, total, name: errors.print(f"{done} of {total}: {_markup(name)}"),
             **_inference(data, set_),
             label_key=data.label_key,
             min_object_px=data.min_object_px,
         )
         if output is not None:
-            _write_rows(output, found.rows)
+            write_rows(output, found)
         if as_json:
-            print_json(found.to_dict())
-            return
-        columns = {
-            "image": "left",
-            "mode": "left",
-            "SA50": "right",
-            "SA75": "right",
-            "mSA": "right",
-            "true": "right",
-            "found": "right",
-        }
-        rows = [
-            [
-                r.image if r.plane is None else f"{r.image} [{r.plane}]",
-                r.mode,
-                *_scores(r.sa50, r.sa75, r.msa),
-                str(r.n_true),
-                str(r.n_pred),
-            ]
-            for r in found.rows
-        ]
-        means = [
-            ["mean", name, *_scores(m["sa50"], m["sa75"], m["msa"]), "", ""] for name, m in found.to_dict().items()
-        ]
-        print_table(columns, rows + means)
+            print_json(scores_as_json(found))
+        else:
+            print_scores(found)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE.html", help="The page; for one run its report.html, which is made anew."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the report of a run anew, or one page that compares several."""
+    with plain_errors():
+        page = api.report(list(runs), output)
+        if as_json:
+            print_json({"report": str(page)})
+        else:
+            results.print(f"report: {_markup(page)}")
 
 
 @app.command()
@@ -396,18 +410,6 @@ def _free_names(images: Any, output: Path, overwrite: bool, data: Any) -> list[s
     return names
 
 
-def _write_rows(path: Path, rows: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "plane", "mode", "sa50", "sa75", "msa", "n_true", "n_pred"])
-        writer.writerows([r.image, r.plane, r.mode, r.sa50, r.sa75, r.msa, r.n_true, r.n_pred] for r in rows)
-
-
-def _scores(*values: float) -> list[str]:
-    return [f"{value:.3f}" for value in values]
-
-
 def _end(result: api.TrainResult, as_json: bool) -> None:
     if as_json:
         print_json(result.to_dict())
@@ -425,7 +427,11 @@ def _end(result: api.TrainResult, as_json: bool) -> None:
             f"{words[result.status]}: best epoch {result.best_epoch + 1}, {best}, "
             f"{duration(result.seconds)}, peak {result.peak_memory_gb:.1f} GB"
         )
+        if result.comparison is not None:
+            results.print(_markup(result.comparison["sentence"]))
         results.print(f"model: {result.run_dir / 'model.pt'}")
+        if (result.run_dir / "report.html").is_file():
+            results.print(f"report: {result.run_dir / 'report.html'}")
         results.print(f"next:  resfinetune segment --model {result.run_dir} --images FOLDER --output FOLDER")
 
 

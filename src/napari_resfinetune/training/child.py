@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def train_in_child(
     stop: StopToken | None = None,
     resume: bool = False,
     keep_levers: bool = True,
+    ending: str | None = None,
 ) -> TrainResult:
     """Train in a process of its own, which keeps the limits and gives all memory back when it ends.
 
@@ -46,6 +48,8 @@ def train_in_child(
     ----------
     config, images, labels, on_event, stop, resume, keep_levers
         As for `session.run_training`; `on_event` is called in this process and thread.
+    ending
+        As there, but by name, as ``"package.module:function"``: it is imported in the child alone.
 
     Raises
     ------
@@ -60,6 +64,7 @@ def train_in_child(
             "labels": _write_arrays(labels, Path(folder), "labels"),
             "resume": resume,
             "keep_levers": keep_levers,
+            "ending": ending,
         }
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "napari_resfinetune.training.child"],
@@ -233,6 +238,7 @@ def main() -> None:
             resume=request["resume"],
             keep_levers=request["keep_levers"],
             enforce=True,
+            ending=None if request["ending"] is None else pkgutil.resolve_name(request["ending"]),
         )
         say({"result": result.to_dict()})
     except ResFinetuneError as error:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.errors import ConfigError, ResFinetuneError, ResourceError
@@ -47,6 +47,15 @@ from napari_resfinetune.training.survival import OutOfMemory, is_out_of_memory
 WARM_UP_STEPS = 2
 
 
+class Ending(Protocol):
+    """What a floor above does with a run that has ended, before it says so: compare its model, report on it."""
+
+    def __call__(
+        self, job: TrainingJob, finished: Finished, stop: StopToken, tell: OnEvent, /
+    ) -> dict[str, Any] | None:
+        """Return the comparison of `TrainResult`; what is worth knowing is told as events."""
+
+
 def run_training(
     config: FinetuneConfig,
     images: Any = None,
@@ -57,6 +66,7 @@ def run_training(
     resume: bool = False,
     keep_levers: bool = True,
     enforce: bool = False,
+    ending: Ending | None = None,
 ) -> TrainResult:
     """Train, from the first check to ``model.pt``.
 
@@ -74,6 +84,8 @@ def run_training(
         As for `Trainer`.
     enforce
         The process is training's own: let the system keep the limits.
+    ending
+        Called once ``model.pt`` is written, inside the same limits.
 
     Raises
     ------
@@ -107,7 +119,7 @@ def run_training(
                 run.write_json("split.json", data.split.to_dict(data.pairs))
             opening = _opening(data, setup, plan, learning)
             learn = _Calibration(job, plan, hardware, setup) if enforce else None
-            return _run(job, opening, learn, on_event, stop, resume=resume, keep_levers=keep_levers)
+            return _run(job, opening, learn, on_event, stop, ending, resume=resume, keep_levers=keep_levers)
     except OutOfMemory as error:
         problems = error.problems
     except (RuntimeError, MemoryError) as error:
@@ -124,14 +136,15 @@ def _run(
     learn: _Calibration | None,
     on_event: OnEvent | None,
     stop: StopToken | None,
+    ending: Ending | None,
     *,
     resume: bool,
     keep_levers: bool,
 ) -> TrainResult:
-    run = job.run
+    run, stop = job.run, stop or StopToken()
     trainer = Trainer(job, resume=resume, keep_levers=keep_levers)
     log = RunLog(run, first_epoch=trainer.progress.epoch)
-    finished = None
+    finished = comparison = None
 
     def tell(event: Event) -> None:
         log(event)
@@ -143,14 +156,17 @@ def _run(
             tell(Message(text))
         with (
             freed_memory(trainer.work.freed_memory),
-            contextlib.closing(trainer.run(stop or StopToken())) as events,
+            contextlib.closing(trainer.run(stop)) as events,
         ):
             for event in events:
+                if isinstance(event, Finished):
+                    finished = event
+                    if ending is not None:
+                        trainer.release()
+                        comparison = ending(job, finished, stop, tell)
                 tell(event)
                 if learn is not None:
                     learn(event, trainer)
-                if isinstance(event, Finished):
-                    finished = event
     except (ResFinetuneError, MemoryError, RuntimeError) as error:
         if isinstance(error, ResFinetuneError) or is_out_of_memory(error):
             tell(Failed(str(error), resumable=find_checkpoint(run.latest) is not None))
@@ -160,7 +176,13 @@ def _run(
     if finished is None:
         raise RuntimeError("the trainer ended without saying how")
     return TrainResult(
-        run.path, finished.status, finished.best_epoch, finished.best_metric, finished.peak_memory_gb, finished.seconds
+        run.path,
+        finished.status,
+        finished.best_epoch,
+        finished.best_metric,
+        finished.peak_memory_gb,
+        finished.seconds,
+        comparison,
     )
 
 
