@@ -346,7 +346,7 @@ def evaluate(
     before = check_pairs(pairs, min_object_px=min_object_px)
     # Which channels to look at is the model's to say, so that alone is judged once it is loaded.
     replace(before, errors=tuple(problem for problem in before.errors if problem.code != "channels")).raise_for_errors()
-    models = list(model) if isinstance(model, list | tuple) else [model]
+    models: list[Any] = list(model) if isinstance(model, list | tuple) else [model]
     names = [str(one) if isinstance(one, str | Path) else one.name for one in models]
     if not models or len(set(names)) < len(names):
         found = "has one twice" if models else "is empty"

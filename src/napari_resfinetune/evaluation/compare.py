@@ -293,7 +293,7 @@ def _write_pictures(
     kept = []
     for number, index in enumerate(most):
         image, labels = planes[index]
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "image": image.astype(np.uint8),
             "labels": labels.astype(np.uint32),
             "before": before[index].labels,
@@ -312,5 +312,5 @@ def _write_pictures(
 
 def _write_arrays(file: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     new = file.with_name(f".{file.name}.new.npz")
-    np.savez_compressed(new, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(new, allow_pickle=False, **arrays)
     os.replace(new, file)

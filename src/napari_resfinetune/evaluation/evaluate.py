@@ -180,11 +180,10 @@ def _evaluate(model: SamModel, scored: Scored, modes: Sequence[str], how: How, s
     """Score in every mode; what the store has is not segmented again."""
     known: dict[str, list[ImageScore]] = {}
     keys = {}
-    for mode in modes if store is not None else ():
-        keys[mode] = store.key(scored.images, scored.labels, mode)
-        kept = store.read(keys[mode])
-        if kept is not None:
-            known[mode] = [_row(scored, mode, row) for row in kept]
+    if store is not None:
+        keys = {mode: store.key(scored.images, scored.labels, mode) for mode in modes}
+        kept = {mode: store.read(key) for mode, key in keys.items()}
+        known = {mode: [_row(scored, mode, row) for row in rows] for mode, rows in kept.items() if rows is not None}
     missing = [mode for mode in modes if mode not in known]
     found = _segment(model, scored, missing, how, store) if missing else {}
     for mode, rounds in found.items():

@@ -43,7 +43,7 @@ def _styled(draw: Callable[P, Markup]) -> Callable[P, Markup]:
     def styled(*args: P.args, **kwargs: P.kwargs) -> Markup:
         import matplotlib
 
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
             return draw(*args, **kwargs)
 
     return styled
