@@ -205,7 +205,7 @@ _KEPT = tuple(
 
 
 def _row(scored: Scored, mode: str, values: dict[str, Any]) -> ImageScore:
-    objects = {
+    objects: dict[str, Any] = {
         name: tuple(part) if isinstance(part, list | tuple) else part for name, part in values["objects"].items()
     }
     return ImageScore(
