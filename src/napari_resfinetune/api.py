@@ -496,7 +496,7 @@ def _inference_settings(model: SamModel, device: str, options: Mapping[str, Any]
     defaults = DataConfig()
     trained = model.meta
     channels = options.get("channels", trained.get("channels"))
-    actual = str(next(model.parameters()).device.type)
+    actual = model.device.type
     return {
         "channels": tuple(channels) if channels is not None else None,
         "percentiles": tuple(options.get("percentiles") or trained.get("percentiles") or defaults.percentiles),
