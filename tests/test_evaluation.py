@@ -220,8 +220,10 @@ def test_summary_of_images() -> None:
 
 def test_several_models_side_by_side(tmp_path) -> None:
     labels = disks((100, 100))
-    models = [see_through_model(), see_through_model(point_px=5)]
+    models = [see_through_model(point_px=96), see_through_model(point_px=5)]
     models[1].name = "small brush"
+    # Scores are kept by weights, and what a test's model does is no weight.
+    models[1].sam.register_buffer("weight", torch.ones(1))
     found = rf.evaluate([paint(labels)], [labels], model=models, modes=("point",), cache=tmp_path, patch_px=128)
     assert list(found) == ["see-through", "small brush"]
     assert found["see-through"].to_dict()["point"]["sa50"] == 1
