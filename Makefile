@@ -12,7 +12,7 @@ SETUP := bash scripts/setup.sh
 
 help:
 	@echo "make demo         finetune a small model on made-up images and show it got better"
-	@echo "make test         environment, Debian's libraries for Qt and Xvfb, then the whole test suite"
+	@echo "make test         environment, Debian's libraries and Chromium, then the whole test suite"
 	@echo "make test-slurm   install SLURM on this Debian (needs root or sudo) and run the tests that use it"
 	@echo "make check        ruff, mypy and the docstring check"
 	@echo "make format       let ruff rewrite the layout"

@@ -36,6 +36,8 @@ def main() -> None:
     settings: dict[str, Any] = {
         "data": {"patch_px": 64},
         "training": {
+            "compare": False,
+            "report": False,
             "epochs": 2 * options.times,
             "samples_per_epoch": 4,
             "input_px": 128,

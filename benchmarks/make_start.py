@@ -41,6 +41,8 @@ def main() -> None:
     settings: dict[str, Any] = {
         "data": {"patch_px": 128},
         "training": {
+            "compare": False,
+            "report": False,
             "input_px": 256,
             "batch_norm": "measure",
             "learning_rate": 5e-4,

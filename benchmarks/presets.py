@@ -49,7 +49,7 @@ def main() -> None:
                         output=Path(folder) / "run",
                         isolate=True,
                         on_event=events.append,
-                        training={"epochs": 1, "samples_per_epoch": options.steps},
+                        training={"epochs": 1, "samples_per_epoch": options.steps, "compare": False, "report": False},
                         resources={"device": "cpu"},
                     )
                 except rf.ResFinetuneError as error:

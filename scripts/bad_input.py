@@ -309,6 +309,28 @@ RUN_CASES = [
     Case(
         "evaluate: table below a file", f"{EVALUATE} -m m.pt -o n.txt/t.csv", BAD_INPUT, "n.txt", {"n.txt": "text: x"}
     ),
+    Case("report on what is no run", "report images", BAD_INPUT, "not a run folder"),
+    Case(
+        "report: two runs without a name",
+        "report run other --json",
+        BAD_INPUT,
+        "--output",
+        {"run/config.yaml": RUN_CONFIG, "other/config.yaml": RUN_CONFIG},
+    ),
+    Case(
+        "report: page there",
+        "report run -o p.html",
+        BAD_INPUT,
+        "p.html: exists",
+        {"run/config.yaml": RUN_CONFIG, "p.html": "text: mine"},
+    ),
+    Case(
+        "report: log of numbers damaged",
+        "report run",
+        BAD_INPUT,
+        "metrics.csv: cannot be read",
+        {"run/config.yaml": RUN_CONFIG, "run/metrics.csv": "text: epoch,metric\n1,x"},
+    ),
     Case("resume what is no run", "resume images", BAD_INPUT, "not a run folder"),
     Case("resume what is not there", "resume runs/mine", BAD_INPUT, "not a run folder"),
     Case("resume with 0 epochs", "resume run --epochs 0", BAD_INPUT, "epochs", {"run/config.yaml": RUN_CONFIG}),

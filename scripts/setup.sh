@@ -2,7 +2,7 @@
 # What the Makefile needs before it can work.
 #
 #   setup.sh env EXTRAS     .venv with this package (editable) and the named extras, e.g. "test" or "test,dev"
-#   setup.sh libraries      Debian's libraries for Qt and Xvfb
+#   setup.sh libraries      Debian's libraries for Qt and Xvfb, and Chromium, in which a test opens reports
 #   setup.sh slurm          SLURM for its tests (scripts/slurm.sh)
 #   setup.sh constraints    constraints.txt anew, from pyproject.toml and the registry
 set -euo pipefail
@@ -13,6 +13,7 @@ qt_packages=(
   xvfb libegl1 libgl1 libgl1-mesa-dri libglib2.0-0 libfontconfig1 libxkbcommon-x11-0 libxcb-cursor0 libxcb-icccm4
   libxcb-keysyms1 libxcb-shape0 libxcb-xinerama0 libdbus-1-3
 )
+browser=chromium
 
 say() { echo "setup: $*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -101,6 +102,8 @@ install_libraries() {
     grep -qxF "$package" <<<"$there" || missing+=("$package")
   done
   [ ${#missing[@]} -eq 0 ] || apt_install "${missing[@]}"
+  # One test needs it and is skipped without, so where it cannot be had that is no reason to stop.
+  grep -qxF $browser <<<"$there" || (apt_install $browser) || say "without $browser the report is not opened in a test"
 }
 
 make_constraints() {

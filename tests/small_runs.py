@@ -26,6 +26,9 @@ TRAINING: dict[str, Any] = {
     "objects": 3,
     "sub_iterations": 2,
     "learning_rate": 1e-3,
+    # Both take longer than such a run.
+    "compare": False,
+    "report": False,
 }
 
 

@@ -19,7 +19,14 @@ from napari_resfinetune.cli.app import app
 from napari_resfinetune.data.sources import open_array
 from napari_resfinetune.models import load_model, save_model
 
-QUICK = ["training.input_px=128", "data.patch_px=64", "training.epochs=1", "training.samples_per_epoch=2"]
+QUICK = [
+    "training.input_px=128",
+    "data.patch_px=64",
+    "training.epochs=1",
+    "training.samples_per_epoch=2",
+    "training.compare=false",
+    "training.report=false",
+]
 
 
 def call(*arguments: object, status: int = 0):
@@ -61,7 +68,8 @@ def test_from_images_to_scores(cells, tmp_path):
     run = tmp_path / "run"
     trained = call("train", *where(cells), "--model", cells / "start.pt", "--output", run, *quick(), "--json")
     result = json.loads(trained.stdout)
-    assert set(result) == {"run_dir", "status", "best_epoch", "best_metric", "peak_memory_gb", "seconds"}
+    fields = {"run_dir", "status", "best_epoch", "best_metric", "peak_memory_gb", "seconds", "comparison"}
+    assert set(result) == fields
     assert result["status"] == "finished"
     again = json.loads(call("resume", run, "--json").stdout)
     assert again["best_metric"] == result["best_metric"]
@@ -82,12 +90,21 @@ def test_from_images_to_scores(cells, tmp_path):
     table = tmp_path / "scores.csv"
     scored = call(
         "evaluate", "--images", one, "--labels", cells / "labels" / "ü0.tif", "--model", run,
-        "--mode", "ais", "--mode", "box", "--output", table, "--json",
+        "--mode", "ais", "--mode", "box", "--csv", table, "--json",
     )  # fmt: skip
     scores = json.loads(scored.stdout)
     assert set(scores) == {"ais", "box"}
     assert all(0 <= scores[mode][name] <= 1 for mode in scores for name in ("sa50", "sa75", "msa"))
     assert len(table.read_text(encoding="utf-8").splitlines()) == 3
+    several = ["evaluate", "--images", one, "--labels", cells / "labels" / "ü0.tif", "--model", run]
+    several += ["--model", cells / "start.pt"]
+    compared = json.loads(call(*several, "--json").stdout)
+    assert list(compared) == [str(run), str(cells / "start.pt")]
+    assert compared[str(run)]["ais"] == scores["ais"]
+    shown = call(*several).stdout
+    assert "95 % interval" in shown.replace("\n", " ")
+    page = json.loads(call("report", run, "--json").stdout)["report"]
+    assert page == str(run / "report.html")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process; nobody's shared runner")
@@ -126,7 +143,7 @@ def test_plan_says_what_a_run_would_take_and_refuses_what_does_not_fit(cells):
 
 
 def test_the_demo_makes_a_model_and_a_picture(tmp_path, monkeypatch):
-    settings = {**demo.SETTINGS["training"], "epochs": 1, "samples_per_epoch": 2}
+    settings = {**demo.SETTINGS["training"], "epochs": 1, "samples_per_epoch": 2, "compare": False, "report": False}
     monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, "training": settings})
     monkeypatch.setattr(demo, "SCENE_SHAPE", (512, 1280))
     outcome = json.loads(call("demo", "--output", tmp_path / "demo", "--json").stdout)
@@ -150,5 +167,5 @@ def test_doctor_says_what_is_there():
 
 
 def test_every_verb_explains_itself():
-    for verb in ("doctor", "demo", "check", "train", "resume", "segment", "evaluate"):
+    for verb in ("doctor", "demo", "check", "train", "resume", "segment", "evaluate", "report"):
         assert "--help" in call(verb, "--help").output

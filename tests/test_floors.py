@@ -22,6 +22,7 @@ FLOORS = (
     {"inference"},
     {"evaluation"},
     {"library"},
+    {"reporting"},
     {"search"},
     {"experiments"},
     {"api", "cli", "__init__", "__main__"},

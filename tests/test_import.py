@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
+
+import napari_resfinetune
 
 HEAVY = {
     "torch",
@@ -51,3 +54,10 @@ def test_import_is_quick():
 
 def test_the_probe_sees_what_is_loaded():
     assert "zarr" in import_in_new_process("zarr")["modules"]
+
+
+def test_no_name_of_the_api_is_that_of_a_module():
+    """Importing a module of that name would put it in the name's place."""
+    package = Path(napari_resfinetune.__file__).parent
+    modules = {path.stem for path in package.iterdir()}
+    assert modules.isdisjoint(napari_resfinetune.__all__)

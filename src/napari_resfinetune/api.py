@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from napari_resfinetune.data.doctor import CheckReport
+    from napari_resfinetune.data.pairs import Pairs
     from napari_resfinetune.evaluation import Evaluation
     from napari_resfinetune.experiments.sweep import SweepResult
     from napari_resfinetune.inference import SegmentedFile
@@ -380,22 +381,29 @@ def evaluate(
     images: Any,
     labels: Any,
     *,
-    model: str | Path | SamModel,
+    model: str | Path | SamModel | Sequence[str | Path | SamModel],
     modes: Sequence[str] = ("ais",),
+    volumes: bool = False,
+    cache: bool | str | Path = True,
     device: str = "auto",
     on_progress: Callable[[int, int, str], None] | None = None,
     **options: Any,
-) -> Evaluation:
-    """Score a model on labelled images.
+) -> Any:
+    """Score a model, or several side by side, on labelled images.
 
     Parameters
     ----------
     images, labels
         As for `train`.
     model
-        As for `segment`.
+        As for `segment`, or a list of such.
     modes
-        Any of "ais", "amg", "box", "point".
+        Any of "ais", "apg", "amg", "box", "point", "iterative_box", "iterative_point".
+    volumes
+        Score a "ZYX" stack as one volume instead of slice by slice.
+    cache
+        Keep embeddings and scores in this user's cache folder, or the folder that is given, so that a second evaluation
+        is quick; `False` keeps and takes nothing.
     device
         As for `segment`.
     on_progress
@@ -406,11 +414,12 @@ def evaluate(
     Returns
     -------
     Evaluation
-        ``rows`` per image and mode, and means per mode as ``to_dict()``.
+        ``rows`` per image and mode, means per mode as ``to_dict()``, and intervals, counts and sizes as ``summary()``.
+        For a list of models a dict of them, by the models as they were given.
     """
     from napari_resfinetune.data.doctor import check_pairs
     from napari_resfinetune.data.pairs import find_pairs
-    from napari_resfinetune.evaluation import check_modes, evaluate_model
+    from napari_resfinetune.evaluation import check_modes
 
     check_modes(modes)
     where = {name: options.pop(name, None) for name in ("image_key", "label_key", "axes")}
@@ -419,12 +428,43 @@ def evaluate(
     before = check_pairs(pairs, min_object_px=min_object_px)
     # Which channels to look at is the model's to say, so that alone is judged once it is loaded.
     replace(before, errors=tuple(problem for problem in before.errors if problem.code != "channels")).raise_for_errors()
-    loaded = _loaded(model, modes, device)
-    settings = _inference_settings(loaded, device, options)
-    channels = settings.pop("channels")
-    pairs = replace(pairs, pairs=tuple(replace(pair, channels=channels) for pair in pairs.pairs))
-    check_pairs(pairs, min_object_px=min_object_px).raise_for_errors()
-    return evaluate_model(loaded, pairs, modes=tuple(modes), on_progress=on_progress, **settings)
+    models: list[Any] = list(model) if isinstance(model, list | tuple) else [model]
+    names = [str(one) if isinstance(one, str | Path) else one.name for one in models]
+    if not models or len(set(names)) < len(names):
+        found = "has one twice" if models else "is empty"
+        raise ConfigError(f"model: the list {found} ({', '.join(names)}); name one model, or several different ones")
+    how: dict[str, Any] = {"modes": tuple(modes), "volumes": volumes, "on_progress": on_progress}
+    evaluations = {}
+    for name, one in zip(names, models, strict=True):
+        loaded = _loaded(one, modes, device)
+        settings = _inference_settings(loaded, device, options)
+        evaluations[name] = _evaluate_one(loaded, pairs, before, cache, min_object_px=min_object_px, **how, **settings)
+    return evaluations if isinstance(model, list | tuple) else evaluations[names[0]]
+
+
+def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Write the report of a run anew, or one page that compares several runs.
+
+    Parameters
+    ----------
+    runs
+        A run folder, or a list of them.
+    output
+        The page; for one run its ``report.html``. A comparison needs a name that is not taken.
+
+    Returns
+    -------
+    Path
+        The page: one file that needs nothing else.
+
+    Raises
+    ------
+    ConfigError
+        When there is no run, or the page cannot be written.
+    """
+    from napari_resfinetune.reporting import write_report
+
+    return write_report([runs] if isinstance(runs, str | Path) else list(runs), output)
 
 
 def export_model(model: str | Path, path: str | Path, **options: Any) -> Path:
@@ -612,16 +652,42 @@ def _train(
     if isolate or processes != 1:
         from napari_resfinetune.training.child import train_in_child
 
-        return train_in_child(config, images, labels, processes=processes, **how)
+        ending = "napari_resfinetune.reporting.ending:end_run"
+        return train_in_child(config, images, labels, processes=processes, ending=ending, **how)
+    from napari_resfinetune.reporting.ending import end_run
     from napari_resfinetune.training.session import run_training
 
-    return run_training(config, images, labels, enforce=enforce, **how)
+    return run_training(config, images, labels, enforce=enforce, ending=end_run, **how)
 
 
 def _loaded(model: str | Path | SamModel, modes: Sequence[str], device: str) -> SamModel:
     if not isinstance(model, str | Path):
         return model
     return load_model(model, device=device, decoder="required" if {"ais", "apg"} & set(modes) else "none")
+
+
+def _evaluate_one(
+    model: SamModel,
+    pairs: Pairs,
+    checked: CheckReport,
+    cache: bool | str | Path,
+    *,
+    min_object_px: int,
+    **settings: Any,
+) -> Evaluation:
+    from napari_resfinetune.data.doctor import check_pairs
+    from napari_resfinetune.evaluation import Store, evaluate_model, evaluation_folder
+
+    channels = settings.pop("channels")
+    if any(pair.channels != channels for pair in pairs.pairs):
+        pairs = replace(pairs, pairs=tuple(replace(pair, channels=channels) for pair in pairs.pairs))
+        checked = check_pairs(pairs, min_object_px=min_object_px)
+    checked.raise_for_errors()
+    store = None
+    if cache:
+        folder = evaluation_folder() if cache is True else Path(cache)
+        store = Store(folder, model, patch_px=settings["patch_px"], precision=settings["precision"])
+    return evaluate_model(model, pairs, store=store, **settings)
 
 
 def _inference_settings(model: SamModel, device: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -639,7 +705,7 @@ def _inference_settings(model: SamModel, device: str, options: Mapping[str, Any]
     defaults = DataConfig()
     trained = model.meta
     channels = options.get("channels", trained.get("channels"))
-    actual = str(next(model.parameters()).device.type)
+    actual = model.device.type
     return {
         "channels": tuple(channels) if channels is not None else None,
         "percentiles": tuple(options.get("percentiles") or trained.get("percentiles") or defaults.percentiles),

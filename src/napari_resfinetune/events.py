@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Status = Literal["finished", "early_stopped", "stopped", "failed"]
+Verdict = Literal["better", "no clear difference", "worse"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,21 @@ class Searched(Event):
     done: int
     total: int
     seconds_left: float
+
+
+@dataclass(frozen=True)
+class Compared(Event):
+    """The run's model was compared with its start model on held-out images.
+
+    `before` and `after` hold ``sa50``, ``sa75``, ``msa``; `images` has ``{"name", "before", "after"}`` with SA50.
+    """
+
+    verdict: Verdict
+    sentence: str
+    mode: str
+    before: dict[str, float]
+    after: dict[str, float]
+    images: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)

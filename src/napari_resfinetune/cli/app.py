@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -304,31 +303,51 @@ def segment(
 def evaluate(
     images: Images = None,
     labels: Labels = None,
-    model: Model = "vit_b_lm",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="Model name, checkpoint or run folder; repeat to compare several."
+        ),
+    ] = None,
     mode: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="ais, apg, amg, box or point; repeat for more. Default: ais."),
+        typer.Option(
+            metavar="NAME",
+            help="ais, apg, amg, box, point, iterative_box or iterative_point; repeat for more. Default: ais.",
+        ),
     ] = None,
+    volumes: Annotated[bool, typer.Option("--volumes", help="Score a stack as one volume, not each slice.")] = False,
     device: Device = "auto",
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Also write one line per image as CSV; a folder for chunks."
+            "--csv",
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Also write one line per model and image as CSV; a folder for chunks.",
         ),
     ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep embeddings and scores, and take those that are kept.")
+    ] = True,
     executor: OnExecutor = None,
     chunk: Chunk = 100,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a model on labelled images: SA50, SA75 and mSA per image and as a mean."""
+    """Score models on labelled images: SA50, SA75, mSA and more, with intervals and kinds of error."""
+    from napari_resfinetune.cli.scores import print_scores, scores_as_json
+    from napari_resfinetune.evaluation import write_rows
     from napari_resfinetune.training.run_folder import check_writable
 
     with plain_errors():
         data = _config(None, {"data": _data(images, labels)}, set_).data
         if executor is not None:
             modes = [word for name in mode or ["ais"] for word in ("--mode", name)]
-            arguments = ["--model", model, *modes, "--device", device, *_again(set_)]
+            models = [word for name in model or ["vit_b_lm"] for word in ("--model", name)]
+            arguments = [*models, *modes, "--device", device, *_again(set_)]
+            arguments += [*(["--volumes"] if volumes else []), *([] if cache else ["--no-cache"])]
             run_in_chunks("evaluate", data, output, arguments, executor, chunk, as_json)
             return
         if data.images is None or data.labels is None:
@@ -340,42 +359,58 @@ def evaluate(
         found = api.evaluate(
             data.images,
             data.labels,
-            model=model,
+            model=list(dict.fromkeys(model or ["vit_b_lm"])),
             modes=tuple(mode or ["ais"]),
+            volumes=volumes,
+            cache=cache,
             device=device,
-            on_progress=lambda done, total, name: errors.print(f"{done} of {total}: {name}"),
+            on_progress=lambda done, total, name: errors.print(f"{done} of {total}: {_markup(name)}"),
             **_inference(data, set_),
             label_key=data.label_key,
             min_object_px=data.min_object_px,
         )
         if output is not None:
-            _write_rows(output, found.rows)
+            write_rows(output, found)
         if as_json:
-            print_json(found.to_dict())
+            print_json(scores_as_json(found))
+        else:
+            print_scores(found)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run folders; several are compared. Or the folder of a sweep."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE.html", help="The page; for one run its report.html, which is made anew."
+        ),
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="For a sweep: show the values of the published study beside.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the report of a run anew, one page that compares several, or the tables and figures of a sweep so far."""
+    with plain_errors():
+        if len(runs) == 1 and (runs[0] / "sweep.yaml").is_file():
+            files = api.report_sweep(runs[0], published=published)
+            if as_json:
+                print_json({"files": [str(path) for path in files]})
+                return
+            for path in files:
+                results.print(str(path))
+            if not files:
+                results.print("no job has given numbers yet")
             return
-        columns = {
-            "image": "left",
-            "mode": "left",
-            "SA50": "right",
-            "SA75": "right",
-            "mSA": "right",
-            "true": "right",
-            "found": "right",
-        }
-        rows = [
-            [
-                r.image if r.plane is None else f"{r.image} [{r.plane}]",
-                r.mode,
-                *_scores(r.sa50, r.sa75, r.msa),
-                str(r.n_true),
-                str(r.n_pred),
-            ]
-            for r in found.rows
-        ]
-        means = [
-            ["mean", name, *_scores(m["sa50"], m["sa75"], m["msa"]), "", ""] for name, m in found.to_dict().items()
-        ]
-        print_table(columns, rows + means)
+        page = api.report(list(runs), output)
+        if as_json:
+            print_json({"report": str(page)})
+        else:
+            results.print(f"report: {_markup(page)}")
 
 
 @app.command()
@@ -449,26 +484,6 @@ def demo(
 app.command()(sweep)
 
 
-@app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(metavar="SWEEP", help="The folder of a sweep.")],
-    published: Annotated[
-        bool, typer.Option("--published", help="Show the values of the published study beside.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write tables and figures of a sweep, of what it has so far."""
-    with plain_errors():
-        files = api.report_sweep(folder, published=published)
-        if as_json:
-            print_json({"files": [str(path) for path in files]})
-            return
-        for path in files:
-            results.print(str(path))
-        if not files:
-            results.print("no job has given numbers yet")
-
-
 def _data(images: list[str] | None, labels: list[str] | None) -> dict[str, Any]:
     named = {"images": images, "labels": labels}
     return {name: value[0] if len(value) == 1 else value for name, value in named.items() if value}
@@ -528,18 +543,6 @@ def _inference(data: Any, overrides: list[str] | None) -> dict[str, Any]:
     return {name: getattr(data, name) for name in names if name in asked}
 
 
-def _write_rows(path: Path, rows: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "plane", "mode", "sa50", "sa75", "msa", "n_true", "n_pred"])
-        writer.writerows([r.image, r.plane, r.mode, r.sa50, r.sa75, r.msa, r.n_true, r.n_pred] for r in rows)
-
-
-def _scores(*values: float) -> list[str]:
-    return [f"{value:.3f}" for value in values]
-
-
 def _end(result: api.TrainResult, as_json: bool) -> None:
     if not is_first_rank():  # of processes that torchrun began
         return
@@ -559,7 +562,11 @@ def _end(result: api.TrainResult, as_json: bool) -> None:
             f"{words[result.status]}: best epoch {result.best_epoch + 1}, {best}, "
             f"{duration(result.seconds)}, peak {result.peak_memory_gb:.1f} GB"
         )
+        if result.comparison is not None:
+            results.print(_markup(result.comparison["sentence"]))
         results.print(f"model: {result.run_dir / 'model.pt'}")
+        if (result.run_dir / "report.html").is_file():
+            results.print(f"report: {result.run_dir / 'report.html'}")
         results.print(f"next:  resfinetune segment --model {result.run_dir} --images FOLDER --output FOLDER")
 
 

@@ -193,6 +193,12 @@ class TrainingConfig(_Frozen):
         description="statistics of vit_t's batch normalisation: 'keep' the start model's, or 'measure' them on the "
         "first patches before training, which random weights need; while training they stay as they are",
     )
+    compare: bool = Field(
+        True,
+        description="at the end, compare the model with its start model on a few windows of held-out images, and say "
+        "whether it is better",
+    )
+    report: bool = Field(True, description="at the end, write report.html into the run folder")
     seed: int = Field(0, ge=0, description="fixes split, patches, prompts and new weights")
     keep_every: PositiveInt | None = Field(None, description="also keep the checkpoint of every k-th epoch")
     save_minutes: PositiveFloat = Field(

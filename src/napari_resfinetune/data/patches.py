@@ -78,7 +78,8 @@ class _Patches(Dataset[Patch]):
         self.with_targets = with_targets
         self._kept_targets: dict[bytes, bytes | bytearray] = {}
 
-    def _read(self, window: Window) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def read(self, window: Window) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return image, "YXC" from 0 to 255, and labels, "YX", of a window as they are, without padding."""
         pair = self.pairs[window.region.pair]
         where = (slice(*window.y), slice(*window.x))
         image = to_channels(read_plane(pair.image, window.region.plane, where), pair.channels)
@@ -188,7 +189,7 @@ class TrainingPatches(_Patches):
             window = self._place(region, rng)
             if window is None:
                 continue
-            image, labels = augment(*self._read(window), self.data.augment, rng)
+            image, labels = augment(*self.read(window), self.data.augment, rng)
             patch = self._finish(image, labels, index)
             if patch is not None:
                 return patch, region
@@ -239,7 +240,7 @@ class ValidationPatches(_Patches):
         return len(self.windows)
 
     def __getitem__(self, index: int) -> Patch:
-        patch = self._finish(*self._read(self.windows[index]), index)
+        patch = self._finish(*self.read(self.windows[index]), index)
         if patch is None:
             raise DataError(f"{self.pairs[self.windows[index].region.pair].name}: the labels changed while training")
         return patch
@@ -251,7 +252,7 @@ class ValidationPatches(_Patches):
         return _spread(keep, VALIDATION_PATCHES_PER_REGION)
 
     def _holds_object(self, window: Window) -> bool:
-        _, labels = self._read(window)
+        _, labels = self.read(window)
         return instance_targets(labels, self.data.min_object_px) is not None
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +15,11 @@ from napari_resfinetune.data.pairs import Pair, Pairs, to_channels
 from napari_resfinetune.data.scaling import apply_scaling, measure_scaling
 from napari_resfinetune.data.sources import read_plane
 from napari_resfinetune.errors import ConfigError, DataError
-from napari_resfinetune.evaluation.prompted import PromptMode, prompts_from_labels, segment_prompted
-from napari_resfinetune.evaluation.scores import mean_scores, score
+from napari_resfinetune.evaluation.objects import Objects
+from napari_resfinetune.evaluation.prompted import ROUNDS, PromptMode, segment_prompted
+from napari_resfinetune.evaluation.rows import Evaluation, ImageScore
+from napari_resfinetune.evaluation.scores import score_objects
+from napari_resfinetune.evaluation.store import Store
 from napari_resfinetune.inference.segment import (
     MODES as AUTOMATIC_MODES,
 )
@@ -27,60 +30,48 @@ from napari_resfinetune.inference.segment import (
     segment_embedded,
 )
 from napari_resfinetune.inference.tiling import TileEmbedding, embed_plane, pad_to_patch
-from napari_resfinetune.models import SamModel
+from napari_resfinetune.models import SamModel, upstream
 
-PROMPTED_MODES = ("box", "point")
+# First prompt of each object, and how many rounds of prompting.
+PROMPTED_MODES: dict[str, tuple[PromptMode, int]] = {
+    "box": ("box", 1),
+    "point": ("point", 1),
+    "iterative_box": ("box", ROUNDS),
+    "iterative_point": ("point", ROUNDS),
+}
 MODES = (*AUTOMATIC_MODES, *PROMPTED_MODES)
 OnProgress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class ImageScore:
-    """Scores of one plane in one mode.
+class How:
+    """How planes are brought to the model; as for `evaluate_model`."""
+
+    percentiles: tuple[float, float]
+    patch_px: int
+    precision: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is scored as one: a plane, or all slices of a volume.
 
     Attributes
     ----------
     image
         Name of the image.
     plane
-        Index of the slice or frame; `None` for an image with one plane.
-    mode
-        How it was segmented.
-    sa50, sa75, msa
-        From 0 to 1, see `score`.
-    n_true, n_pred
-        Number of objects in the labels and in the segmentation.
+        As in `ImageScore`.
+    images
+        float32 "YXC", 0 to 255, one per slice.
+    labels
+        "YX", one per slice.
     """
 
     image: str
     plane: int | None
-    mode: str
-    sa50: float
-    sa75: float
-    msa: float
-    n_true: int
-    n_pred: int
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of a model.
-
-    Attributes
-    ----------
-    model
-        Name of the model.
-    rows
-        One per plane and mode.
-    """
-
-    model: str
-    rows: tuple[ImageScore, ...]
-
-    def to_dict(self) -> dict[str, dict[str, float]]:
-        """Return ``{"mode": {"sa50": .., "sa75": .., "msa": ..}, ...}``: means over planes."""
-        modes = dict.fromkeys(row.mode for row in self.rows)
-        return {mode: mean_scores(dataclasses.asdict(row) for row in self.rows if row.mode == mode) for mode in modes}
+    images: tuple[NDArray[np.float32], ...]
+    labels: tuple[NDArray[Any], ...]
 
 
 def check_modes(modes: Sequence[str]) -> None:
@@ -107,6 +98,8 @@ def evaluate_model(
     patch_px: int = 512,
     precision: torch.dtype | None = None,
     max_images: int | None = None,
+    volumes: bool = False,
+    store: Store | None = None,
     on_progress: OnProgress | None = None,
 ) -> Evaluation:
     """Segment labelled images in every mode and score the results.
@@ -120,11 +113,17 @@ def evaluate_model(
     pairs
         Images and labels.
     modes
-        Any of "ais", "apg", "amg", "box", "point"; the last two get one prompt per true object.
+        Any of "ais", "apg", "amg", "box", "point", "iterative_box", "iterative_point"; the last four get prompts for
+        every true object from the labels.
     percentiles, patch_px, precision
         As for `segment_source`.
     max_images
         Evaluate the first so many images only.
+    volumes
+        Score a "ZYX" stack as one volume, from its first annotated slice to its last, instead of each slice by itself.
+        Automatic segmentations are linked over slices as micro-sam does.
+    store
+        Of this model, to keep embeddings and scores, and take those that are kept.
     on_progress
         Called before each image with the images done, the images in all, and its name.
 
@@ -144,52 +143,140 @@ def evaluate_model(
     labelled = [pair for pair in pairs.pairs if pair.planes][:max_images]
     if not labelled:
         raise DataError("labels: no image has a labelled object; label at least one image to score a model")
+    how = How(percentiles, patch_px, precision)
     rows: list[ImageScore] = []
     with evaluating(model):
         for done, pair in enumerate(labelled):
             if on_progress is not None:
                 on_progress(done, len(labelled), pair.name)
-            rows += _evaluate_pair(model, pair, chosen, percentiles, patch_px=patch_px, precision=precision)
+            for scored in _read(pair, percentiles, volumes=volumes):
+                rows += _evaluate(model, scored, chosen, how, store)
     return Evaluation(model.name, tuple(rows))
 
 
-def _evaluate_pair(
-    model: SamModel,
-    pair: Pair,
-    modes: Sequence[str],
-    percentiles: tuple[float, float],
-    *,
-    patch_px: int,
-    precision: torch.dtype | None,
-) -> list[ImageScore]:
+def _read(pair: Pair, percentiles: tuple[float, float], *, volumes: bool) -> Iterator[Scored]:
+    """Read what is scored as one, part by part."""
     scaling = measure_scaling(pair.image, pair.channels, percentiles)
-    rows = []
-    for plane in pair.planes:
-        image = apply_scaling(to_channels(read_plane(pair.image, plane), pair.channels), scaling)
-        labels = read_plane(pair.labels, plane)
-        if image.shape[:2] != labels.shape:
-            raise DataError(
-                f"{pair.labels.where}: shape {labels.shape} differs from {pair.image.where} {image.shape[:2]}; "
-                "crop or re-export the label image"
-            )
-        padded = pad_to_patch(image, patch_px)
-        embeddings = list(embed_plane(model, padded, patch_px=patch_px, precision=precision))
-        for mode in modes:
-            found = _segment(model, image, labels, embeddings, mode, precision)
-            rows.append(ImageScore(pair.name, plane, mode, **cast("dict[str, Any]", score(labels, found))))
-    return rows
+    parts: list[tuple[int | None, ...]] = [(plane,) for plane in pair.planes]
+    first, last = pair.planes[0], pair.planes[-1]
+    whole = False
+    if volumes and "Z" in pair.labels.axes and first is not None and last is not None:
+        # Slices between annotated ones without an object are annotated as empty.
+        parts, whole = [tuple(range(first, last + 1))], True
+    for planes in parts:
+        images, labels = [], []
+        for plane in planes:
+            images.append(apply_scaling(to_channels(read_plane(pair.image, plane), pair.channels), scaling))
+            labels.append(read_plane(pair.labels, plane))
+            if images[-1].shape[:2] != labels[-1].shape:
+                raise DataError(
+                    f"{pair.labels.where}: shape {labels[-1].shape} differs from {pair.image.where} "
+                    f"{images[-1].shape[:2]}; crop or re-export the label image"
+                )
+        yield Scored(pair.name, None if whole else planes[0], tuple(images), tuple(labels))
+
+
+def _evaluate(model: SamModel, scored: Scored, modes: Sequence[str], how: How, store: Store | None) -> list[ImageScore]:
+    """Score in every mode; what the store has is not segmented again."""
+    known: dict[str, list[ImageScore]] = {}
+    keys = {}
+    if store is not None:
+        keys = {mode: store.key(scored.images, scored.labels, mode) for mode in modes}
+        kept = {mode: store.read(key) for mode, key in keys.items()}
+        known = {mode: [_row(scored, mode, row) for row in rows] for mode, rows in kept.items() if rows is not None}
+    missing = [mode for mode in modes if mode not in known]
+    found = _segment(model, scored, missing, how, store) if missing else {}
+    for mode, rounds in found.items():
+        known[mode] = []
+        for number, labels in enumerate(rounds, 1):
+            scores, objects = score_objects(np.stack(scored.labels), labels)
+            values = {**scores, "objects": dataclasses.asdict(objects), "round": number if len(rounds) > 1 else None}
+            known[mode].append(_row(scored, mode, values))
+        if store is not None:
+            values_of_rounds = [dataclasses.asdict(row) for row in known[mode]]
+            store.write(keys[mode], [{name: row[name] for name in _KEPT} for row in values_of_rounds])
+    return [row for mode in modes for row in known[mode]]
+
+
+# What of a row does not depend on names.
+_KEPT = tuple(
+    field.name for field in dataclasses.fields(ImageScore) if field.name not in ("image", "plane", "mode", "slices")
+)
+
+
+def _row(scored: Scored, mode: str, values: dict[str, Any]) -> ImageScore:
+    objects: dict[str, Any] = {
+        name: tuple(part) if isinstance(part, list | tuple) else part for name, part in values["objects"].items()
+    }
+    return ImageScore(
+        **{**values, "objects": Objects(**objects)},
+        image=scored.image,
+        plane=scored.plane,
+        mode=mode,
+        slices=len(scored.images),
+    )
 
 
 def _segment(
+    model: SamModel, scored: Scored, modes: Sequence[str], how: How, store: Store | None
+) -> dict[str, list[NDArray[Any]]]:
+    """Return label images "ZYX" for each mode, one for each round of prompting."""
+    planes: dict[str, list[list[Labels]]] = {mode: [] for mode in modes}
+    for image, labels in zip(scored.images, scored.labels, strict=True):
+        padded = pad_to_patch(image, how.patch_px)
+        if store is not None:
+            embeddings = store.embed(padded)
+        else:
+            embeddings = list(embed_plane(model, padded, patch_px=how.patch_px, precision=how.precision))
+        for mode in modes:
+            planes[mode].append(segment_in_mode(model, image, labels, embeddings, mode, how.precision))
+    return {
+        mode: [_join_slices([plane[number] for plane in rounds], mode) for number in range(len(rounds[0]))]
+        for mode, rounds in planes.items()
+    }
+
+
+def segment_in_mode(
     model: SamModel,
     image: NDArray[np.float32],
     labels: NDArray[Any],
     embeddings: Sequence[TileEmbedding],
     mode: str,
     precision: torch.dtype | None,
-) -> Labels:
+) -> list[Labels]:
+    """Segment one plane in any mode; iterative prompting gives one label image for each round.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode.
+    image
+        float32 "YXC", before padding.
+    labels
+        The truth, "YX", which gives prompts.
+    embeddings
+        Of all windows.
+    mode
+        One of `MODES`.
+    precision
+        As for `segment_plane`.
+    """
     if mode in PROMPTED_MODES:
-        prompts = prompts_from_labels(labels)
-        shape = (image.shape[0], image.shape[1])
-        return segment_prompted(model, shape, embeddings, prompts, cast("PromptMode", mode))
-    return segment_embedded(model, image, embeddings, mode=mode, precision=precision)
+        first, rounds = PROMPTED_MODES[mode]
+        return segment_prompted(model, labels, embeddings, first, rounds=rounds)
+    return [segment_embedded(model, image, embeddings, mode=mode, precision=precision)]
+
+
+def _join_slices(slices: Sequence[Labels], mode: str) -> NDArray[Any]:
+    """Return "ZYX"; prompts follow objects over slices by themselves, automatic segmentations are linked."""
+    stack = np.stack(slices)
+    if mode in PROMPTED_MODES or len(stack) == 1:
+        return stack
+    last = 0
+    for labels in stack:
+        labels[labels > 0] += np.uint32(last)
+        last = max(last, int(labels.max()))
+    if last == 0:
+        return stack
+    linked: NDArray[Any] = upstream.merge_instance_segmentation_3d(stack, verbose=False)
+    return linked.astype(np.uint32)

@@ -1,12 +1,13 @@
-"""Segmentation from prompts that the true labels give: one box or one point for every object.
+"""Segmentation from prompts that the true labels give: a box or a point for every object, and corrections after it.
 
 As in micro-sam's own evaluation, a box asks for one mask, and a point for three of which the one with the best
-predicted overlap is taken.
+predicted overlap is taken. Iterative prompting goes on from there as somebody would who corrects the mask: each round
+adds a point where the object was missed and one where the mask went beyond it, and asks for one mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,9 +18,12 @@ from numpy.typing import NDArray
 from napari_resfinetune.inference.segment import Labels
 from napari_resfinetune.inference.tiling import TileEmbedding, set_embedding
 from napari_resfinetune.models import SamModel, upstream
+from napari_resfinetune.training.prompts import Prompts, next_points
 
 PromptMode = Literal["box", "point"]
 PROMPTS_PER_BATCH = 32
+# With the first prompt, as in micro-sam.
+ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -57,33 +61,39 @@ def prompts_from_labels(labels: NDArray[Any]) -> ObjectPrompts:
 @torch.no_grad()
 def segment_prompted(
     model: SamModel,
-    shape_yx: tuple[int, int],
+    labels: NDArray[Any],
     embeddings: Sequence[TileEmbedding],
-    prompts: ObjectPrompts,
     mode: PromptMode,
-) -> Labels:
+    *,
+    rounds: int = 1,
+    seed: int = 0,
+) -> list[Labels]:
     """Predict one mask per object and join them; where masks overlap, the better predicted one wins.
 
     Parameters
     ----------
     model
         In evaluation mode, and the one that made the embeddings.
-    shape_yx
-        Of the plane before padding.
+    labels
+        The truth, "YX", before padding.
     embeddings
         Of all windows. An object is predicted in the window whose core holds its point.
-    prompts
-        Of all objects.
     mode
-        "box" or "point".
+        "box" or "point": the first prompt.
+    rounds
+        How often a mask is asked for; from the second round on, points correct the one before.
+    seed
+        Fixes where those points fall.
 
     Returns
     -------
-    uint32 array "YX"
-        With the ids of the prompts.
+    list of uint32 arrays "YX"
+        One for each round, with the ids of the labels.
     """
-    labels = np.zeros(shape_yx, np.uint32)
-    best = np.full(shape_yx, -np.inf, np.float32)
+    prompts = prompts_from_labels(labels)
+    found = [np.zeros(labels.shape, np.uint32) for _ in range(rounds)]
+    best = [np.full(labels.shape, -np.inf, np.float32) for _ in range(rounds)]
+    rng = np.random.default_rng(seed)
     predictor = upstream.SamPredictor(model.sam)
     for embedding in embeddings:
         tile = embedding.tile
@@ -93,36 +103,66 @@ def segment_prompted(
         if len(chosen) == 0:
             continue
         set_embedding(predictor, embedding)
-        seen_labels, seen_best = labels[tile.window], best[tile.window]
-        height, width = seen_labels.shape
         for start in range(0, len(chosen), PROMPTS_PER_BATCH):
             batch = chosen[start : start + PROMPTS_PER_BATCH]
-            masks, quality = _predict(predictor, embedding, prompts, batch, mode)
-            for number, mask, value in zip(prompts.ids[batch], masks, quality, strict=True):
-                better = mask[:height, :width] & (value > seen_best)
-                seen_labels[better] = number
-                seen_best[better] = value
-    return labels
+            ids = prompts.ids[batch]
+            truth = torch.from_numpy(labels[tile.window].astype(np.int64) == ids[:, None, None])
+            draws = torch.from_numpy(rng.random((rounds - 1, len(batch), 2), dtype=np.float32))
+            first = _first(prompts, batch, tile.x[0], tile.y[0], tile.shape, mode)
+            for number, (masks, quality) in enumerate(_rounds(predictor, first, truth, draws)):
+                _join(found[number][tile.window], best[number][tile.window], ids, masks, quality)
+    return found
 
 
-def _predict(
-    predictor: Any, embedding: TileEmbedding, prompts: ObjectPrompts, batch: NDArray[np.int64], mode: PromptMode
-) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-    """Return masks "NYX" of the window, and their predicted overlaps."""
-    tile = embedding.tile
-    height, width = tile.shape
-    corner = np.array([tile.x[0], tile.y[0]], np.float32)
-    coords: dict[str, Any]
+def _first(
+    prompts: ObjectPrompts, batch: NDArray[np.int64], x: int, y: int, shape: tuple[int, int], mode: PromptMode
+) -> Prompts:
+    """Return the first prompts of some objects in pixels of a window that begins at x, y."""
+    corner = np.array([x, y], np.float32)
     if mode == "box":
-        boxes = (prompts.boxes[batch] - np.tile(corner, 2)).clip(0, [width, height, width, height])
-        scaled = predictor.transform.apply_boxes_torch(torch.from_numpy(boxes), tile.shape)
-        coords = {"point_coords": None, "point_labels": None, "boxes": scaled.float().to(predictor.device)}
-    else:
-        points = torch.from_numpy(prompts.points[batch] - corner)[:, None]
-        scaled = predictor.transform.apply_coords_torch(points, tile.shape).float().to(predictor.device)
-        ones = torch.ones(scaled.shape[:2], dtype=torch.int, device=predictor.device)
-        coords = {"point_coords": scaled, "point_labels": ones}
-    masks, quality, _ = predictor.predict_torch(**coords, multimask_output=mode == "point")
+        boxes = (prompts.boxes[batch] - np.tile(corner, 2)).clip(0, [shape[1], shape[0]] * 2)
+        return Prompts(None, None, torch.from_numpy(boxes).float())
+    points = torch.from_numpy(prompts.points[batch] - corner)[:, None]
+    return Prompts(points, torch.ones(points.shape[:2], dtype=torch.int), None)
+
+
+def _rounds(
+    predictor: Any, prompts: Prompts, truth: torch.Tensor, draws: torch.Tensor
+) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.float32]]]:
+    """Yield masks "NYX", as far as the truth reaches, and their predicted overlaps, round by round."""
+    height, width = truth.shape[1:]
+    single_point = prompts.boxes is None
+    for number in range(len(draws) + 1):
+        masks, quality = _predict(predictor, prompts, multimask=single_point and number == 0)
+        masks = masks[:, :height, :width]
+        yield masks.numpy(), quality.numpy()
+        if number < len(draws):
+            prompts = prompts.with_points(*next_points(masks, truth, draws[number]))
+
+
+def _predict(predictor: Any, prompts: Prompts, *, multimask: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    shape, device = predictor.original_size, predictor.device
+    points = labels = boxes = None
+    if prompts.points is not None and prompts.point_labels is not None:
+        points = predictor.transform.apply_coords_torch(prompts.points, shape).float().to(device)
+        labels = prompts.point_labels.int().to(device)
+    if prompts.boxes is not None:
+        boxes = predictor.transform.apply_boxes_torch(prompts.boxes, shape).float().to(device)
+    masks, quality, _ = predictor.predict_torch(points, labels, boxes, multimask_output=multimask)
     best = quality.argmax(dim=1)
     rows = torch.arange(len(best), device=best.device)
-    return masks[rows, best].cpu().numpy(), quality[rows, best].float().cpu().numpy()
+    return masks[rows, best].cpu(), quality[rows, best].float().cpu()
+
+
+def _join(
+    labels: Labels,
+    best: NDArray[np.float32],
+    ids: NDArray[np.int64],
+    masks: NDArray[np.bool_],
+    quality: NDArray[np.float32],
+) -> None:
+    """Put masks into a label image where none with a better predicted overlap lies."""
+    for number, mask, value in zip(ids, masks, quality, strict=True):
+        better = mask & (value > best)
+        labels[better] = number
+        best[better] = value

@@ -10,6 +10,8 @@ from napari_resfinetune.models import SamModel
 from napari_resfinetune.planning.levers import Work
 from napari_resfinetune.training.run_folder import RunFolder
 
+SAM_INPUT_PX = 1024
+
 
 @dataclass(frozen=True)
 class TrainingJob:
@@ -47,3 +49,8 @@ class TrainingJob:
     base_is_lasting: bool = True
     memory_limit_gb: float | None = None
     foreign_gb: float = 0.0
+
+    @property
+    def inference_patch_px(self) -> int:
+        """Side of the patch that has the training's scale of objects when it fills SAM's whole input, in image px."""
+        return self.config.data.patch_px * SAM_INPUT_PX // self.config.training.input_px

@@ -55,7 +55,6 @@ from napari_resfinetune.training.survival import OutOfMemory, free, go_back, is_
 
 # Weight of the instance decoder's loss in the validation metric, as in micro-sam.
 INSTANCE_METRIC_WEIGHT = 1 / 3
-SAM_INPUT_PX = 1024
 # First words of the random streams, so that patches (1, 2, 5), prompts, validation and dropout never share numbers.
 PROMPT_STREAM, VALIDATION_STREAM, DROPOUT_STREAM = 3, 4, 6
 T = TypeVar("T")
@@ -197,13 +196,11 @@ class Trainer:
             return None
         load_weights(best, self.job.model)
         data = self.job.config.data
-        # A patch of this size has the scale of objects that the model was trained at when it fills SAM's whole input.
-        patch_px = data.patch_px * SAM_INPUT_PX // self.plan.input_px
         meta = {
             "start_model": self.job.config.model,
             "strategy": self.job.config.strategy.kind,
             "best_epoch": self.progress.best_epoch,
-            "patch_px": patch_px,
+            "patch_px": self.job.inference_patch_px,
             "percentiles": list(data.percentiles),
             **({"channels": list(data.channels)} if data.channels is not None else {}),
         }
@@ -211,6 +208,12 @@ class Trainer:
         if self.job.model.lora is not None and self.job.base_is_lasting:
             save_adapter(self.job.run.adapter, self.job.model, self.job.config.model, meta)
         return self.job.run.model
+
+    def release(self) -> None:
+        """Give back what only further steps would need; the trainer is done then."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+        free()
 
     def _announce(self, features: FeatureCache) -> str:
         job = self.job

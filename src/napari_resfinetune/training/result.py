@@ -27,6 +27,9 @@ class TrainResult:
         Most memory that training's process took.
     seconds
         Time spent training, over all sessions of the run.
+    comparison
+        With the start model on held-out images, as the event `Compared` has it: ``verdict``, ``sentence``, ``mode``,
+        ``before``, ``after``, ``images``; `None` when it was not made.
     """
 
     run_dir: Path
@@ -35,6 +38,7 @@ class TrainResult:
     best_metric: float | None
     peak_memory_gb: float
     seconds: float
+    comparison: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""

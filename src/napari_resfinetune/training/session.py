@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.errors import ConfigError, ResFinetuneError, ResourceError
@@ -48,6 +48,15 @@ from napari_resfinetune.training.survival import OutOfMemory, is_out_of_memory
 WARM_UP_STEPS = 2
 
 
+class Ending(Protocol):
+    """What a floor above does with a run that has ended, before it says so: compare its model, report on it."""
+
+    def __call__(
+        self, job: TrainingJob, finished: Finished, stop: StopToken, tell: OnEvent, /
+    ) -> dict[str, Any] | None:
+        """Return the comparison of `TrainResult`; what is worth knowing is told as events."""
+
+
 def run_training(
     config: FinetuneConfig,
     images: Any = None,
@@ -58,6 +67,7 @@ def run_training(
     resume: bool = False,
     keep_levers: bool = True,
     enforce: bool = False,
+    ending: Ending | None = None,
 ) -> TrainResult:
     """Train, from the first check to ``model.pt``; together with other processes where the environment names them.
 
@@ -75,6 +85,8 @@ def run_training(
         As for `Trainer`.
     enforce
         The process is training's own: let the system keep the limits.
+    ending
+        Called once ``model.pt`` is written, inside the same limits.
 
     Raises
     ------
@@ -83,7 +95,7 @@ def run_training(
     """
     how: dict[str, Any] = {"resume": resume, "keep_levers": keep_levers}
     with joined_ranks(config) as ranks:
-        return _run_training(config, images, labels, on_event, stop, ranks, enforce=enforce, **how)
+        return _run_training(config, images, labels, on_event, stop, ranks, ending, enforce=enforce, **how)
 
 
 def _run_training(
@@ -93,6 +105,7 @@ def _run_training(
     on_event: OnEvent | None,
     stop: StopToken | None,
     ranks: Ranks,
+    ending: Ending | None,
     *,
     resume: bool,
     keep_levers: bool,
@@ -126,7 +139,7 @@ def _run_training(
             opening = _opening(data, setup, plan, learning)
             learn = _Calibration(job, plan, hardware, setup) if enforce and ranks.size == 1 else None
             trainer = Trainer(job, resume=resume, keep_levers=keep_levers, ranks=ranks)
-            return _run(trainer, opening, learn, on_event, stop)
+            return _run(trainer, opening, learn, on_event, stop or StopToken(), ending)
     except OutOfMemory as error:
         problems = error.problems
     except (RuntimeError, MemoryError) as error:
@@ -142,12 +155,13 @@ def _run(
     opening: Iterator[str],
     learn: _Calibration | None,
     on_event: OnEvent | None,
-    stop: StopToken | None,
+    stop: StopToken,
+    ending: Ending | None,
 ) -> TrainResult:
     run = trainer.job.run
     # Only one of the processes of a run says what happens: the others see the same.
     log = RunLog(run, first_epoch=trainer.progress.epoch) if trainer.ranks.is_first else None
-    finished = None
+    finished = comparison = None
 
     def tell(event: Event) -> None:
         if log is None:
@@ -161,14 +175,17 @@ def _run(
             tell(Message(text))
         with (
             freed_memory(trainer.work.freed_memory),
-            contextlib.closing(trainer.run(stop or StopToken())) as events,
+            contextlib.closing(trainer.run(stop)) as events,
         ):
             for event in events:
+                if isinstance(event, Finished):
+                    finished = event
+                    if ending is not None and trainer.ranks.is_first:
+                        trainer.release()
+                        comparison = ending(trainer.job, finished, stop, tell)
                 tell(event)
                 if learn is not None:
                     learn(event, trainer)
-                if isinstance(event, Finished):
-                    finished = event
     except (ResFinetuneError, MemoryError, RuntimeError) as error:
         if isinstance(error, ResFinetuneError) or is_out_of_memory(error):
             tell(Failed(str(error), resumable=find_checkpoint(run.latest) is not None))
@@ -179,7 +196,13 @@ def _run(
     if finished is None:
         raise RuntimeError("the trainer ended without saying how")
     return TrainResult(
-        run.path, finished.status, finished.best_epoch, finished.best_metric, finished.peak_memory_gb, finished.seconds
+        run.path,
+        finished.status,
+        finished.best_epoch,
+        finished.best_metric,
+        finished.peak_memory_gb,
+        finished.seconds,
+        comparison,
     )
 
 
