@@ -23,7 +23,7 @@ FLOORS = (
     {"evaluation"},
     {"search"},
     {"experiments"},
-    {"api", "cli", "__init__", "__main__"},
+    {"api", "cli", "engine", "__init__", "__main__"},
     {"widgets"},
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
