@@ -91,7 +91,6 @@ def plan(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
     held_out = int(request["held_out"])
     made = _plan(config, held_out)
     answer = made.to_dict()
-    answer["levers_in_words"] = [pulled.effect.partition(";")[0] for pulled in made.levers]
     patience = config.training.early_stopping or config.training.epochs
     least = min(config.training.epochs, patience + 1)
     answer["seconds_at_least"] = made.seconds_first_epoch + made.seconds_per_epoch * (least - 1)

@@ -9,7 +9,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from qtpy.QtCore import QEvent, QObject, Signal
+from qtpy.compat import isalive
+from qtpy.QtCore import QEvent, QObject, QTimer, Signal
 from qtpy.QtWidgets import QApplication, QMainWindow, QMessageBox, QWidget
 
 from napari_resfinetune.widgets.draft import Draft, Round
@@ -46,7 +47,9 @@ class Controller(QObject):
         self.training = TrainingRun(self.engine, parent=self)
         self.computer: dict[str, Any] = {}
         self.last_model = ""
-        self._window: QMainWindow | None = None
+        # The window must not be held on to, or it would never be gone.
+        self._window: Any = lambda: None
+        self._closed = False
         self.engine.status_changed.connect(self._engine_changed)
         self.training.state_changed.connect(self._training_changed)
         QApplication.instance().aboutToQuit.connect(self.close)
@@ -70,8 +73,8 @@ class Controller(QObject):
     def attach(self, widget: QWidget) -> None:
         """Learn which window a widget is in, and start the engine in the background."""
         window = widget.window()
-        if self._window is None and isinstance(window, QMainWindow):
-            self._window = window
+        if self._window() is None and isinstance(window, QMainWindow):
+            self._window = weakref.ref(window)
             window.installEventFilter(self)
             window.destroyed.connect(self.close)
         if self.engine.status == "off" and not self.computer:
@@ -79,32 +82,41 @@ class Controller(QObject):
 
     def open(self, name: str) -> Any:
         """Open another widget of this plugin, or bring it to the front, and return it."""
-        dock, widget = self.viewer.window.add_plugin_dock_widget(PLUGIN, name)
+        dock, widget = self.viewer.window.add_plugin_dock_widget(PLUGIN, name, tabify=True)
         dock.show()
         dock.raise_()
         return widget
 
     def eventFilter(self, watched: QObject, event: QEvent) -> bool:
         """Ask before the window is closed while a training runs."""
-        closing = event.type() == QEvent.Type.Close and watched is self._window
-        if closing and self.training.busy and not self._may_close():
-            event.ignore()
-            return True
+        if not self._closed and event.type() == QEvent.Type.Close and watched is self._window():
+            if self.training.busy and not self._may_close():
+                event.ignore()
+                return True
+            # napari may still refuse.
+            QTimer.singleShot(0, self._close_with_window)
         return False
 
     def close(self, *_: Any) -> None:
         """Stop the engine; a training saves what it has and ends by itself."""
-        _controllers.pop(id(self.viewer), None) if self.viewer is not None else None
-        for key, controller in list(_controllers.items()):
-            if controller is self:
-                del _controllers[key]
+        if self._closed:
+            return
+        self._closed = True
+        for key in [key for key, controller in _controllers.items() if controller is self]:
+            del _controllers[key]
         self.engine.close()
         self.exporter.close()
         self._folder.cleanup()
+        self.deleteLater()
+
+    def _close_with_window(self) -> None:
+        window = self._window()
+        if window is None or not isalive(window) or not window.isVisible():
+            self.close()
 
     def _may_close(self) -> bool:
         answer = QMessageBox.question(
-            self._window,
+            self._window(),
             "Finetuning is running",
             "Stop it and close? What was learned so far is saved, and the run can be continued later.",
             QMessageBox.StandardButton.Close | QMessageBox.StandardButton.Cancel,

@@ -36,6 +36,7 @@ class Exporter(QObject):
         super().__init__(parent)
         self._folder = folder
         self._known: dict[int, tuple[int, str]] = {}
+        self._closed = False
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="export layers")
         self._done.connect(lambda then, result: then(result), Qt.ConnectionType.QueuedConnection)
 
@@ -47,11 +48,14 @@ class Exporter(QObject):
             if isinstance(data, np.ndarray) and data.nbytes <= COPIED_AT_ONCE_BYTES:
                 data = data.copy()
             jobs.append((id(layer), layer.name, data, axes_of(layer)))
+        if self._closed:
+            return
         future = self._pool.submit(self._write_all, jobs)
         future.add_done_callback(lambda done: self._emit(then, done.exception() or done.result()))
 
     def close(self) -> None:
         """Take no more work."""
+        self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _emit(self, then: Any, result: Any) -> None:

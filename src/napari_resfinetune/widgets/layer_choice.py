@@ -32,7 +32,7 @@ class LayerChoice(QComboBox):
         self.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
         self.setMinimumContentsLength(10)
         for emitter in (viewer.layers.events.inserted, viewer.layers.events.removed):
-            connect_for_life(emitter, self.refresh, self)
+            connect_for_life(emitter, self.refresh)
         self.currentIndexChanged.connect(self._changed)
         self.refresh()
 

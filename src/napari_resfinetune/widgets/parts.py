@@ -16,6 +16,7 @@ from napari_resfinetune.widgets.words import gigabytes
 # Of a limit: from here on a prediction is amber; beyond the limit it is red.
 TIGHT = 0.8
 MOST_POINTS = 600
+NAME_PX = 84
 
 
 class Painted(QWidget):
@@ -25,7 +26,7 @@ class Painted(QWidget):
         super().__init__(parent)
         self._viewer = viewer
         self.colours: Colours = colours_of(viewer)
-        connect_for_life(viewer.events.theme, self._follow_theme, self)
+        connect_for_life(viewer.events.theme, self._follow_theme)
 
     def _follow_theme(self, event: Any = None) -> None:
         self.colours = colours_of(self._viewer)
@@ -100,6 +101,7 @@ class Curve(Painted):
         super().__init__(viewer, parent)
         self.lines: dict[str, list[tuple[float, float]]] = {}
         self.x_label = ""
+        self.x_start = math.inf
         self.marked_x: float | None = None
         self.y_range: tuple[float, float] | None = None
         self._height = height
@@ -132,7 +134,7 @@ class Curve(Painted):
         self._paint_legend(painter, line_height)
         if not points:
             return
-        x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
+        x0, x1 = min(self.x_start, min(x for x, _ in points)), max(x for x, _ in points)
         y0, y1 = self.y_range or (min(y for _, y in points), max(y for _, y in points))
         x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1e-6)
 
@@ -186,7 +188,7 @@ class Words(QLabel):
         self.setWordWrap(True)
         self.setTextFormat(Qt.TextFormat.PlainText)
         self.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
-        connect_for_life(viewer.events.theme, self._follow_theme, self)
+        connect_for_life(viewer.events.theme, self._follow_theme)
         self._follow_theme()
 
     def say(self, text: str, tone: str | None = None) -> None:
@@ -219,7 +221,6 @@ class Rows:
     def __init__(self, layout: QVBoxLayout) -> None:
         self._layout = layout
         self._holders: dict[int, QWidget] = {}
-        self._names: list[QLabel] = []
 
     def add(self, name: str, field: QWidget, *more: QWidget) -> None:
         """Add a row."""
@@ -229,10 +230,7 @@ class Rows:
         row.setSpacing(4)
         label = QLabel(name)
         label.setBuddy(field)
-        self._names.append(label)
-        width = max(each.fontMetrics().horizontalAdvance(each.text()) for each in self._names) + 10
-        for each in self._names:
-            each.setFixedWidth(width)
+        label.setMinimumWidth(NAME_PX)
         row.addWidget(label)
         row.addWidget(field, 1)
         field.setSizePolicy(QSizePolicy.Policy.Expanding, field.sizePolicy().verticalPolicy())

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from napari.utils.theme import get_theme
+from qtpy.compat import isalive
 from qtpy.QtGui import QColor
-from qtpy.QtWidgets import QWidget
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,18 @@ def colours_of(viewer: Any) -> Colours:
     )
 
 
-def connect_for_life(emitter: Any, callback: Callable[..., None], widget: QWidget) -> None:
-    """Connect a method to one of napari's emitters, until the widget is gone."""
-    emitter.connect(callback)
-    widget.destroyed.connect(_Disconnect(emitter, callback))
+def connect_for_life(emitter: Any, method: Callable[..., None]) -> None:
+    """Connect a widget's method to one of napari's emitters, until the widget is gone."""
+    reference = weakref.WeakMethod(method)
 
+    def call(event: Any = None) -> None:
+        found = reference()
+        if found is None or not isalive(found.__self__):
+            emitter.disconnect(call)
+        else:
+            found()
 
-class _Disconnect:
-    """Undoes a connection without holding on to the widget."""
-
-    def __init__(self, emitter: Any, callback: Any) -> None:
-        self._emitter, self._callback = emitter, weakref.WeakMethod(callback)
-
-    def __call__(self, *_: Any) -> None:
-        callback = self._callback()
-        if callback is not None:
-            self._emitter.disconnect(callback)
+    emitter.connect(call)
 
 
 def _colour(value: Any) -> QColor:

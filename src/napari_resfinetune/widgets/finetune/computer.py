@@ -17,6 +17,16 @@ from napari_resfinetune.widgets.words import gigabytes, time_range
 PLAN_MS = 250
 PRESETS = ("cpu-8gb", "cpu-16gb", "cpu-32gb", "cpu-64gb", "gtx1080", "rtx5000", "v100", "rtx3090", "a100", "mps")
 
+# Levers in few words; what they do in full is the tooltip.
+LEVERS = {
+    "resources.micro_batch": "fewer patches at once",
+    "resources.checkpoint_instance_decoder": "some is computed twice",
+    "resources.checkpoint_encoder": "some is computed twice",
+    "resources.freed_memory": "freed memory returned at once",
+    "resources.object_chunk": "fewer objects at once",
+    "resources.workers": "fewer loader processes",
+}
+
 
 class ComputerSection(QWidget):
     """Shows the plan of the draft, made anew after each change.
@@ -103,8 +113,7 @@ class ComputerSection(QWidget):
     def _show_presets(self) -> None:
         computer = self._controller.computer
         self.preset.clear()
-        memory = f" ({computer['name']}, {gigabytes(computer['memory_gb'])} GB)" if computer else ""
-        self.preset.addItem(f"Automatic{memory}", "auto")
+        self.preset.addItem(f"Automatic: {computer['preset']}" if computer else "Automatic", "auto")
         reasons = {preset["name"]: preset["reason"] for preset in computer.get("presets", ())}
         for name in PRESETS:
             self.preset.addItem(name, name)
@@ -162,9 +171,10 @@ class ComputerSection(QWidget):
     def _levers_in_words(self, plan: dict[str, Any]) -> str:
         formats = {"bf16": "16-bit numbers", "fp16": "16-bit numbers", "fp32": "32-bit numbers"}
         said = [formats[plan["precision"]], f"{plan['objects']} objects a step", f"{plan['disk_gb']:.1f} GB on disk"]
-        levers = plan["levers_in_words"]
+        levers = dict.fromkeys(LEVERS.get(lever["lever"], lever["lever"]) for lever in plan["levers"])
+        self.levers.setToolTip("\n".join(f"{lever['lever']}: {lever['effect']}" for lever in plan["levers"]))
         text = ", ".join(said) + "."
-        return text + (f" To fit, {'; '.join(levers)}." if levers else "")
+        return text + (f" To fit: {', '.join(levers)}." if levers else "")
 
     def _make_it_fit(self) -> None:
         if self.plan is not None and self.plan["smaller"] is not None:

@@ -32,6 +32,8 @@ from napari_resfinetune.widgets.theme import connect_for_life
 from napari_resfinetune.widgets.words import counted
 
 CHECK_MS = 300
+# Heights in the list: a pair, a problem, and all of it.
+ROW_PX, PROBLEM_PX, MOST_PX = 31, 40, 230
 NUMBER = Qt.ItemDataRole.UserRole
 # What can be mended without a doubt, and what the button says.
 MENDABLE = {
@@ -71,8 +73,8 @@ class ImagesSection(QWidget):
         self._watched: list[Any] = []
         self._draft.pairs_changed.connect(self._pairs_changed)
         layers = controller.viewer.layers
-        connect_for_life(layers.events.inserted, self._layers_changed, self)
-        connect_for_life(layers.events.removed, self._layers_changed, self)
+        connect_for_life(layers.events.inserted, self._layers_changed)
+        connect_for_life(layers.events.removed, self._layers_changed)
         self._layers_changed()
         self._pairs_changed()
 
@@ -367,12 +369,13 @@ class ImagesSection(QWidget):
                 shape = " x ".join(map(str, row["shape"]))
                 item.setToolTip(0, f"{pair.image_name}: {shape} ({row['axes']})")
             item.setToolTip(2, "click to move it to the other side")
+            item.setTextAlignment(1, Qt.AlignmentFlag.AlignRight | Qt.AlignmentFlag.AlignVCenter)
             self.tree.addTopLevelItem(item)
             for problem in sorted(row["problems"] if row else [], key=lambda problem: problem["level"]):
                 self._add_problem(item, number, problem)
             item.setExpanded(True)
-        height = sum(28 + 8 for _ in rows) + sum(48 * len(row["problems"]) for row in rows if row) + 8
-        self.tree.setFixedHeight(max(44, min(230, height)))
+        height = sum(ROW_PX for _ in rows) + sum(PROBLEM_PX * len(row["problems"]) for row in rows if row) + 6
+        self.tree.setFixedHeight(max(44, min(MOST_PX, height)))
 
     def _add_problem(self, item: QTreeWidgetItem, number: int, problem: dict[str, Any]) -> None:
         child = QTreeWidgetItem()
@@ -394,7 +397,7 @@ class ImagesSection(QWidget):
             button.setToolTip("Makes a new layer; yours stays as it is")
             button.clicked.connect(lambda: self._mend(number, problem["code"]))
             row.addWidget(button)
-        child.setSizeHint(0, QSize(100, 46))
+        child.setSizeHint(0, QSize(100, PROBLEM_PX))
         self.tree.setItemWidget(child, 0, holder)
 
     def _mend(self, number: int, code: str) -> None:

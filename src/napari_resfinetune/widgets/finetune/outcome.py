@@ -43,7 +43,7 @@ class OutcomePage(QWidget):
         self.rounds = QWidget()
         self.rounds_grid = QGridLayout(self.rounds)
         self.rounds_grid.setContentsMargins(0, 0, 0, 0)
-        self.buttons = {name: QPushButton(text) for name, text in _BUTTONS}
+        self.buttons = {name: QPushButton(text, self) for name, text in _BUTTONS}
         for name, tip in _TIPS.items():
             self.buttons[name].setToolTip(tip)
         font = self.headline.font()

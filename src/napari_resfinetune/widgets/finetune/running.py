@@ -44,6 +44,7 @@ class RunningPage(QWidget):
         viewer = controller.viewer
         self.summary = Words(viewer)
         self.curve = Curve(viewer, 170)
+        self.curve.x_start = 0
         self.curve.setToolTip("loss of each step, and the validation metric after each epoch; lower is better")
         self.where = Words(viewer)
         self.bar = QProgressBar()
@@ -69,8 +70,8 @@ class RunningPage(QWidget):
         self._training.progressed.connect(self.show_progress)
         self._training.state_changed.connect(self.show_progress)
         self._training.epoch_ended.connect(self._preview_now)
-        connect_for_life(viewer.layers.events.inserted, self._layers_changed, self)
-        connect_for_life(viewer.layers.events.removed, self._layers_changed, self)
+        connect_for_life(viewer.layers.events.inserted, self._layers_changed)
+        connect_for_life(viewer.layers.events.removed, self._layers_changed)
         self._layers_changed()
         self.show_progress()
 
@@ -190,11 +191,11 @@ def show_labels(viewer: Any, file: str, name: str, image: Any) -> Any:
     if there is not None and there.data.shape == data.shape:
         there.data = data
         return there
-    chosen, camera = list(viewer.layers.selection), (viewer.camera.center, viewer.camera.zoom)
+    chosen, camera = list(viewer.layers.selection), (viewer.scene.camera.center, viewer.scene.camera.zoom)
     last = image.ndim - (data.ndim if data.ndim <= image.ndim else image.ndim)
     layer = viewer.add_labels(data, name=name, scale=image.scale[last:], translate=image.translate[last:], opacity=0.6)
     viewer.layers.selection = set(chosen)
-    viewer.camera.center, viewer.camera.zoom = camera
+    viewer.scene.camera.center, viewer.scene.camera.zoom = camera
     return layer
 
 
