@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from napari_resfinetune.cli import demo
 from napari_resfinetune.cli.app import app
+from napari_resfinetune.data.sources import open_array
 from napari_resfinetune.models import load_model, save_model
 
 QUICK = ["training.input_px=128", "data.patch_px=64", "training.epochs=1", "training.samples_per_epoch=2"]
@@ -70,8 +71,14 @@ def test_from_images_to_scores(cells, tmp_path):
     labels = tifffile.imread(out / "ü0.tif")
     assert (labels.shape, labels.dtype) == ((96, 96), np.uint32)
     assert segmented["results"][0]["objects"] == len(np.unique(labels[labels > 0]))
-    refused = call("segment", "--images", one, "--model", run, "--output", out, status=2)
+    again = json.loads(call("segment", "--images", one, "--model", run, "--output", out, "--json").stdout)
+    assert [result["kept"] for result in segmented["results"] + again["results"]] == [False, True]
+    other = ("--set", "data.patch_px=48")
+    refused = call("segment", "--images", one, "--model", run, "--output", out, *other, status=2)
     assert "--overwrite" in refused.stderr
+    pyramid = ("--format", "zarr", "--json")
+    zarr = json.loads(call("segment", "--images", one, "--model", run, "--output", out, *pyramid).stdout)
+    assert np.array_equal(open_array(zarr["results"][0]["labels"]).read(), labels)
     table = tmp_path / "scores.csv"
     scored = call(
         "evaluate", "--images", one, "--labels", cells / "labels" / "ü0.tif", "--model", run,

@@ -21,6 +21,7 @@ FLOORS = (
     {"training"},
     {"inference"},
     {"evaluation"},
+    {"library"},
     {"search"},
     {"experiments"},
     {"api", "cli", "engine", "__init__", "__main__"},

@@ -14,6 +14,7 @@ from napari_resfinetune.errors import ConfigError, DataError, ModelError
 from napari_resfinetune.evaluation import score
 from napari_resfinetune.inference import (
     check_mode,
+    link_slices,
     pad_to_patch,
     plan_tiles,
     segment_plane,
@@ -129,17 +130,65 @@ def test_deterministic_and_leaves_the_model_as_it_was() -> None:
     assert model.training and model.sam.training
 
 
-def test_stack_slice_by_slice_with_distinct_ids() -> None:
-    one, two = disks((100, 100)), disks((100, 100), step=30, radius=9)
-    # A CZYX stack whose channels are the three that the decoder reads.
-    stack = np.stack([paint(one), paint(two), paint(one * 0)]).transpose(3, 0, 1, 2)
-    source = open_array(stack, axes="CZYX")
-    found = segment_source(see_through_model(), source, channels=(0, 1, 2), percentiles=EXACT, patch_px=128)
-    assert found.shape == (3, 100, 100) and found.dtype == np.uint32
-    assert found[0].max() == one.max()
-    assert found[1][found[1] > 0].min() == one.max() + 1
-    assert found.max() == one.max() + two.max()
-    assert not found[2].any()
+def test_objects_of_a_stack_keep_their_id_and_those_of_frames_do_not() -> None:
+    """Disks that move a little, one that ends, and one that is missing in the middle slice."""
+    first = disks((100, 100))
+    second, third = np.roll(first, 3, axis=1), np.roll(first, 6, axis=1)
+    second[second == 2] = 0
+    third[third == 3] = 0
+    stack = np.stack([paint(plane) for plane in (first, second, third)]).transpose(3, 0, 1, 2)
+    how = {"channels": (0, 1, 2), "percentiles": EXACT, "patch_px": 128}
+
+    def ids(found: np.ndarray, number: int) -> list[int]:
+        return [int(np.bincount(plane[true == number]).argmax()) for plane, true in zip(found, shifted, strict=True)]
+
+    shifted = [first, np.roll(first, 3, axis=1), np.roll(first, 6, axis=1)]
+    model = see_through_model()
+    linked = segment_source(model, open_array(stack, axes="CZYX"), **how)
+    assert linked.shape == (3, 100, 100) and linked.dtype == np.uint32
+    assert set(ids(linked, 1)) == {ids(linked, 1)[0]} != {0}
+    one, gap, other = ids(linked, 2)
+    assert gap == 0 and one != other and one > 0 and other > 0
+    assert ids(linked, 3)[0] == ids(linked, 3)[1] > 0 == ids(linked, 3)[2]
+    assert sorted(np.unique(linked)) == list(range(linked.max() + 1))
+
+    closed = segment_source(model, open_array(stack, axes="CZYX"), gap_closing=1, **how)
+    assert set(ids(closed, 2)) == {ids(closed, 2)[0]} != {0}
+    long = segment_source(model, open_array(stack, axes="CZYX"), min_z_extent=3, **how)
+    assert ids(long, 3) == [0, 0, 0] and ids(long, 1)[0] > 0
+
+    for source, options in ((open_array(stack, axes="CTYX"), {}), (open_array(stack, axes="CZYX"), {"link": False})):
+        apart = segment_source(model, source, **options, **how)
+        assert len(set(ids(apart, 1))) == 3
+        assert apart.max() == first.max() + 2 * (first.max() - 1)
+    tracked = segment_source(model, open_array(stack, axes="CTYX"), link=True, **how)
+    assert np.array_equal(tracked, linked)
+
+
+def test_linking_is_micro_sams_own() -> None:
+    from micro_sam.multi_dimensional_segmentation import merge_instance_segmentation_3d
+
+    rng = np.random.default_rng(0)
+    slices = np.stack([np.roll(disks((120, 120)), rng.integers(-9, 9, 2), (0, 1)) for _ in range(4)]).astype(np.uint32)
+    for z in range(1, 4):
+        slices[z][slices[z] > 0] += slices[z - 1].max()
+    ours, theirs = link_slices(slices.copy()), merge_instance_segmentation_3d(slices.copy(), verbose=False)
+    pairs = np.unique(np.stack([ours.ravel(), theirs.ravel()]), axis=1)
+    assert len(np.unique(pairs[0])) == len(np.unique(pairs[1])) == pairs.shape[1]
+    assert ours.max() < slices.max()
+
+
+@pytest.mark.parametrize(
+    ("axes", "options", "said"),
+    [
+        ("ZYX", {"gap_closing": -1}, "gap_closing: found -1"),
+        ("ZYX", {"link": False, "min_z_extent": 2}, "not linked over slices"),
+    ],
+)
+def test_options_of_linking_are_checked(axes: str, options: dict, said: str) -> None:
+    source = open_array(np.zeros((2, 64, 64), np.uint8), axes=axes)
+    with pytest.raises(ConfigError, match=said):
+        segment_source(see_through_model(), source, patch_px=128, **options)
 
 
 def test_one_slice_stays_a_stack_and_a_plane_a_plane() -> None:

@@ -215,24 +215,38 @@ def row_of(widget: ModelsWidget, name: str) -> int:
     return [run.name for run in widget.runs].index(name)
 
 
-def test_models_are_listed_renamed_exported_and_deleted(models, runs, qtbot, tmp_path, monkeypatch):
+def test_models_are_listed_renamed_noted_and_deleted(models, runs, qtbot, monkeypatch):
     assert sorted(run.name for run in models.runs) == ["first", "second"]
     models.table.item(row_of(models, "first"), 0).setText("nuclei")
-    assert (runs / "nuclei" / "model.pt").is_file()
     models.table.item(row_of(models, "nuclei"), 0).setText("second")
-    assert "is there already" in models.note.text()
+    assert "second" in models.note.text() and models.note.isVisible()
     models.table.selectRow(row_of(models, "nuclei"))
     assert models.details.text().startswith("nuclei: from vit_b_lm, full")
-    target = tmp_path / "nuclei.pt"
-    monkeypatch.setattr(QFileDialog, "getSaveFileName", lambda *args: (str(target), ""))
-    click(qtbot, models.buttons["export"])
-    assert target.read_bytes() == b"weights"
+    models.remark.setText("good for mitosis")
+    qtbot.keyClick(models.remark, Qt.Key.Key_Return)
+    assert models.runs[row_of(models, "nuclei")].note == "good for mitosis"
+    models.table.selectRow(row_of(models, "nuclei"))
     answers = [QMessageBox.StandardButton.No, QMessageBox.StandardButton.Yes]
     monkeypatch.setattr(QMessageBox, "question", lambda *args: answers.pop(0))
     click(qtbot, models.buttons["delete"])
-    assert (runs / "nuclei").is_dir()
+    assert (runs / "first").is_dir()  # a name is no folder
     click(qtbot, models.buttons["delete"])
-    assert not (runs / "nuclei").exists() and [run.name for run in models.runs] == ["second"]
+    assert not (runs / "first").exists() and [run.name for run in models.runs] == ["second"]
+
+
+def test_models_are_exported_and_imported_by_the_engine(models, runs, qtbot, tmp_path, monkeypatch):
+    monkeypatch.setattr(QFileDialog, "getSaveFileName", lambda *args: (str(tmp_path / "a.pt"), ""))
+    monkeypatch.setattr(QFileDialog, "getOpenFileName", lambda *args: (str(tmp_path / "b.pt"), ""))
+    models.table.selectRow(row_of(models, "second"))
+    click(qtbot, models.buttons["export"])
+    asked = models.controller.engine.sent("export_model")
+    assert (asked["model"], asked["path"]) == (str(runs / "second"), str(tmp_path / "a.pt"))
+    models.controller.engine.answer("export_model", {"path": asked["path"]})
+    assert models.note.text() == "Exported to a.pt."
+    click(qtbot, models.import_button)
+    assert models.controller.engine.sent("import_model")["source"] == str(tmp_path / "b.pt")
+    models.controller.engine.refuse("import_model", "b.pt: not a model")
+    assert models.note.text() == "b.pt: not a model"
 
 
 def test_continue_training_starts_from_that_model(models, runs, qtbot, monkeypatch):

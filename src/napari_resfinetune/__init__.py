@@ -9,7 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from napari_resfinetune.api import TrainResult, check, doctor, evaluate, load_model, plan, resume, segment, train
+    from napari_resfinetune.api import (
+        TrainResult,
+        check,
+        doctor,
+        evaluate,
+        export_model,
+        load_model,
+        plan,
+        resume,
+        segment,
+        segment_files,
+        train,
+    )
     from napari_resfinetune.config import FinetuneConfig
     from napari_resfinetune.errors import (
         ConfigError,
@@ -22,7 +34,19 @@ if TYPE_CHECKING:
     from napari_resfinetune.events import StopToken
 
 _HOMES = {
-    "api": ("TrainResult", "check", "doctor", "evaluate", "load_model", "plan", "resume", "segment", "train"),
+    "api": (
+        "TrainResult",
+        "check",
+        "doctor",
+        "evaluate",
+        "export_model",
+        "load_model",
+        "plan",
+        "resume",
+        "segment",
+        "segment_files",
+        "train",
+    ),
     "config": ("FinetuneConfig",),
     "errors": ("ConfigError", "DataError", "ModelError", "ResFinetuneError", "ResourceError", "TrainingError"),
     "events": ("StopToken",),
@@ -42,10 +66,12 @@ __all__ = [
     "check",
     "doctor",
     "evaluate",
+    "export_model",
     "load_model",
     "plan",
     "resume",
     "segment",
+    "segment_files",
     "train",
 ]
 

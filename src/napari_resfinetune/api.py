@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
     from napari_resfinetune.data.doctor import CheckReport
     from napari_resfinetune.evaluation import Evaluation
+    from napari_resfinetune.inference import SegmentedFile
     from napari_resfinetune.models import SamModel
     from napari_resfinetune.planning import Plan
+
+_LINKING = ("link", "gap_closing", "min_z_extent")
 
 
 def train(
@@ -253,7 +256,9 @@ def segment(
     device
         "auto", "cpu", "cuda" or "mps".
     **options
-        ``axes``, ``channels``, ``percentiles``, ``patch_px`` when they differ from what the model was trained with.
+        ``axes``, ``channels``, ``percentiles``, ``patch_px`` when they differ from what the model was trained with;
+        ``link`` (by default, objects keep their id over the slices of a stack, and not over the frames of a time
+        series), ``gap_closing`` and ``min_z_extent`` as for `inference.link_slices`.
 
     Returns
     -------
@@ -287,11 +292,68 @@ def segment_many(
 
     check_mode(mode)
     sources = find_images(images, image_key=options.pop("image_key", None), axes=options.pop("axes", None))
+    linking = {name: options.pop(name) for name in _LINKING if name in options}
     loaded = _loaded(model, [mode], device)
-    settings = _inference_settings(loaded, device, options)
+    settings = _inference_settings(loaded, device, options) | linking
     check_channels(sources, settings["channels"])
     for source in sources:
         yield source.name, segment_source(loaded, source, mode=mode, **settings)
+
+
+def segment_files(
+    images: Any,
+    output: str | Path,
+    *,
+    model: str | Path | SamModel,
+    mode: str = "ais",
+    device: str = "auto",
+    format: str = "tiff",
+    overwrite: bool = False,
+    on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    **options: Any,
+) -> Iterator[SegmentedFile]:
+    """Segment images of any size into a folder, one after the other as the result is asked for.
+
+    Parameters
+    ----------
+    images
+        As for `train`.
+    output
+        The folder; each label image has the name of its image.
+    model, mode, device, **options
+        As for `segment`.
+    format
+        "tiff" or "zarr" (OME-Zarr with a pyramid).
+    overwrite
+        Replace label images that another model, other settings or something else has made. Those of the same
+        model, settings and image are kept in any case, so that an interrupted job goes on.
+    on_progress
+        Called with the name of the image, and windows of it done and in all.
+
+    Yields
+    ------
+    SegmentedFile
+        ``image``, ``labels`` (path), ``objects``, ``kept``.
+
+    Raises
+    ------
+    ConfigError, DataError, ModelError, ResourceError
+    """
+    from napari_resfinetune.data.pairs import check_channels, find_images
+    from napari_resfinetune.inference import check_mode, label_paths
+    from napari_resfinetune.inference import segment_files as segment_sources
+    from napari_resfinetune.training.run_folder import check_writable
+
+    check_mode(mode)
+    check_writable(Path(output))
+    sources = find_images(images, image_key=options.pop("image_key", None), axes=options.pop("axes", None))
+    label_paths(sources, Path(output), format, overwrite=overwrite)
+    linking = {name: options.pop(name) for name in _LINKING if name in options}
+    loaded = _loaded(model, [mode], device)
+    settings = _inference_settings(loaded, device, options) | linking
+    check_channels(sources, settings["channels"])
+    how: dict[str, Any] = {"form": format, "overwrite": overwrite, "on_progress": on_progress}
+    yield from segment_sources(loaded, sources, Path(output), mode=mode, **how, **settings)
 
 
 def evaluate(
@@ -343,6 +405,32 @@ def evaluate(
     pairs = replace(pairs, pairs=tuple(replace(pair, channels=channels) for pair in pairs.pairs))
     check_pairs(pairs, min_object_px=min_object_px).raise_for_errors()
     return evaluate_model(loaded, pairs, modes=tuple(modes), on_progress=on_progress, **settings)
+
+
+def export_model(model: str | Path, path: str | Path, **options: Any) -> Path:
+    """Write a model for other tools: micro-sam's checkpoint (.pt), a bioimage.io package (.zip), an adapter (folder).
+
+    Parameters
+    ----------
+    model
+        As for `load_model`.
+    path
+        Where to; nothing is overwritten.
+    **options
+        As for `napari_resfinetune.library.export.export_model`.
+
+    Returns
+    -------
+    Path
+        What was written.
+
+    Raises
+    ------
+    ConfigError, ModelError
+    """
+    from napari_resfinetune.library.export import export_model as export
+
+    return export(model, path, **options)
 
 
 def doctor() -> dict[str, Any]:
@@ -426,7 +514,8 @@ def _inference_settings(model: SamModel, device: str, options: Mapping[str, Any]
     unknown = set(options) - {"channels", "percentiles", "patch_px"}
     if unknown:
         raise ConfigError(
-            f"{', '.join(sorted(unknown))}: unknown option; known are channels, percentiles, patch_px, axes"
+            f"{', '.join(sorted(unknown))}: unknown option; known are channels, percentiles, patch_px, axes, and for "
+            f"segmentation {', '.join(_LINKING)}"
         )
     defaults = DataConfig()
     trained = model.meta

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from napari_resfinetune import api
+from napari_resfinetune.cli import models as models_command
 from napari_resfinetune.cli.output import (
     STOPPED,
     TrainingProgress,
+    WindowProgress,
     errors,
     plain_errors,
     print_json,
@@ -33,6 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+app.add_typer(models_command.app, name="models")
+app.command()(models_command.export)
 
 Images = Annotated[
     list[str] | None,
@@ -202,33 +206,56 @@ def segment(
     images: Images = None,
     model: Model = "vit_b_lm",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for one label TIFF per image.")
+        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for one label image per image.")
     ] = None,
     mode: Annotated[
         str, typer.Option(metavar="NAME", help="ais or apg (with the instance decoder), or amg (grid of points).")
     ] = "ais",
+    form: Annotated[str, typer.Option("--format", metavar="NAME", help="tiff, or zarr (OME-Zarr, pyramid).")] = "tiff",
+    link: Annotated[
+        bool | None,
+        typer.Option(
+            "--link/--no-link",
+            help="Whether objects keep their id from plane to plane. Default: in stacks, not in time series.",
+        ),
+    ] = None,
+    gap_closing: Annotated[
+        int | None, typer.Option(metavar="N", help="Fill pieces that are missing in up to N slices.")
+    ] = None,
+    min_z_extent: Annotated[int | None, typer.Option(metavar="N", help="Drop objects in fewer than N slices.")] = None,
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace label files that are there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace label images of other models, settings or origin.")
+    ] = False,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Segment images: one label TIFF per image, under the same stem."""
-    from napari_resfinetune.inference import write_labels
+    """Segment images: one label image per image, under the same stem.
 
+    Those that the same model made with the same settings are kept: after an interruption, give the same command again.
+    """
     with plain_errors():
         data = _config(None, {"data": _data(images, None)}, set_).data
         if data.images is None or output is None:
             raise ConfigError("segment: --images and --output are both needed")
-        names = _free_names(data.images, output, overwrite, data)
+        linking = {"link": link, "gap_closing": gap_closing, "min_z_extent": min_z_extent}
         written = []
-        segmented = api.segment_many(data.images, model=model, mode=mode, device=device, **_inference(data, set_))
-        for done, (name, found) in enumerate(segmented, 1):
-            path = output / f"{name}.tif"
-            output.mkdir(parents=True, exist_ok=True)
-            write_labels(found, path)
-            count = int(np.count_nonzero(np.unique(found)))
-            written.append({"image": name, "labels": str(path), "objects": count})
-            errors.print(f"{done} of {len(names)}: {name}, {count} objects")
+        with WindowProgress() as progress:
+            for file in api.segment_files(
+                data.images,
+                output,
+                model=model,
+                mode=mode,
+                device=device,
+                format=form,
+                overwrite=overwrite,
+                on_progress=progress,
+                **_inference(data, set_),
+                **{name: value for name, value in linking.items() if value is not None},
+            ):
+                labels = {"labels": str(file.labels), "objects": file.objects, "kept": file.kept}
+                written.append({"image": file.image, **labels})
+                progress.say(f"{file.image}: {file.objects} objects" + (", was there already" if file.kept else ""))
         if as_json:
             print_json({"model": model, "mode": mode, "results": written})
         else:
@@ -375,25 +402,6 @@ def _inference(data: Any, overrides: list[str] | None) -> dict[str, Any]:
     asked = parse_overrides(overrides or []).get("data", {})
     names = ("channels", "percentiles", "patch_px", "axes", "image_key")
     return {name: getattr(data, name) for name in names if name in asked}
-
-
-def _free_names(images: Any, output: Path, overwrite: bool, data: Any) -> list[str]:
-    from napari_resfinetune.data.pairs import find_images
-    from napari_resfinetune.training.run_folder import check_writable
-
-    check_writable(output)
-    sources = find_images(images, image_key=data.image_key, axes=data.axes)
-    names = [source.name for source in sources]
-    own = {source.path.resolve() for source in sources if source.path is not None}
-    taken = [str(output / f"{name}.tif") for name in names if (output / f"{name}.tif").exists()]
-    replaced = [path for path in taken if Path(path).resolve() in own]
-    if replaced:
-        raise ConfigError(f"{replaced[0]}: is one of the images, and is never replaced; choose another folder")
-    if taken and not overwrite:
-        raise ConfigError(
-            f"{taken[0]}: exists already ({len(taken)} such files); add --overwrite or choose another folder"
-        )
-    return names
 
 
 def _write_rows(path: Path, rows: Any) -> None:

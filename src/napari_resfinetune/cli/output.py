@@ -133,5 +133,41 @@ class TrainingProgress:
             self._bar.update(self._task, detail=f"saved {event.name}")
 
 
+class WindowProgress:
+    """Progress bar over the windows of the image that is being segmented."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=errors,
+            transient=True,
+        )
+        self._task = self._bar.add_task("loading", total=None)
+        self._name = ""
+
+    def __enter__(self) -> WindowProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """Show windows done and in all of an image."""
+        if name != self._name:
+            self._name = name
+            self._bar.reset(self._task, total=total, description=_escape(name))
+        self._bar.update(self._task, completed=done)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._bar.console.print(_escape(text))
+
+
 def _escape(text: str) -> str:
     return text.replace("[", r"\[")

@@ -66,7 +66,9 @@ def read(path: Path, kind: Kind, key: str | None, index: Index, *, indexed: bool
             owner = (os.getpid(), threading.get_ident())
             return _open_stack(path, (stamp.st_mtime_ns, stamp.st_size), owner).array[index]
         with tifffile.TiffFile(path) as tiff:
-            return _tiff_array(tiff)[index]
+            # Plain pixels are mapped: through zarr, a window of an image in one strip would read all of it.
+            mapped = _mapped(tiff)
+            return np.array(mapped[index]) if mapped is not None else _tiff_array(tiff)[index]
     if kind == "hdf5":
         with h5py.File(path, "r") as file:
             return file[key][index]
@@ -152,6 +154,16 @@ class _OpenStack:
 def _open_stack(path: Path, stamp: tuple[int, int], owner: tuple[int, int]) -> _OpenStack:
     # `owner` (process and thread) keeps a file position from being shared; `stamp` notices a changed file.
     return _OpenStack(path)
+
+
+def _mapped(tiff: tifffile.TiffFile) -> Any:
+    """Map the pixels of a file without compression whose pixels lie in one piece; `None` for any other."""
+    series = tiff.series[0]
+    level = series.levels[0]
+    if level.dataoffset is None or level.dtype is None:
+        return None
+    order = tiff.byteorder
+    return np.memmap(tiff.filehandle.path, level.dtype.newbyteorder(order), "r", level.dataoffset, tuple(level.shape))
 
 
 def _tiff_array(tiff: tifffile.TiffFile) -> Any:

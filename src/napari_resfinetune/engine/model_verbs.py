@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from napari_resfinetune import api
+from napari_resfinetune import api, library
 from napari_resfinetune.config import FinetuneConfig, make_config, merge
 from napari_resfinetune.data.pairs import to_channels
 from napari_resfinetune.data.scaling import apply_scaling, measure_scaling
-from napari_resfinetune.data.sources import ArraySource, open_array, read_plane
+from napari_resfinetune.data.sources import open_array, read_plane, shape_yx
 from napari_resfinetune.engine.data_verbs import put_array
 from napari_resfinetune.engine.memory import Kept
 from napari_resfinetune.engine.process import Request, Say
@@ -23,7 +23,8 @@ from napari_resfinetune.errors import ResFinetuneError
 from napari_resfinetune.evaluation import scores
 from napari_resfinetune.evaluation.errors import classify_errors, score_curve
 from napari_resfinetune.events import StopToken
-from napari_resfinetune.inference import TileEmbedding, check_decoder, check_mode
+from napari_resfinetune.inference import TileEmbedding, check_decoder, check_mode, segment_source
+from napari_resfinetune.inference.blockwise import WHOLE_UP_TO_PX
 from napari_resfinetune.inference.segment import (
     Labels,
     decode_embedded,
@@ -114,7 +115,8 @@ def _smaller(config: FinetuneConfig, held_out: int) -> dict[str, Any] | None:
 def segment(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
     """Segment ``image`` (a file; ``axes`` if known) with ``model``, ``mode`` and ``parameters`` into folder ``output``.
 
-    Model and embeddings are kept, so that other parameters take no encoder.
+    ``planes`` holds the one slice to segment; without it, all of a stack is. Model and embeddings of a plane are kept,
+    so that other parameters take no encoder.
     """
     started = time.monotonic()
     mode, parameters = request["mode"], dict(request.get("parameters") or {})
@@ -124,16 +126,20 @@ def segment(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
     model = _kept.model(request["model"], request.get("device", "auto"), _decoder_for(mode))
     check_decoder(model, mode)
     settings = api._inference_settings(model, "auto", request.get("options") or {})
-    key = (request["image"], settings["channels"], settings["percentiles"])
-    planes = request.get("planes") or _planes_of(source)
-    scaling = measure_scaling(source, settings["channels"], settings["percentiles"])
-    labels = []
-    with evaluating(model):
-        for number, plane in enumerate(planes):
-            on_tile = _progress(say, stop, number, len(planes))
-            pixels = apply_scaling(to_channels(read_plane(source, plane), settings["channels"]), scaling)
-            labels.append(_segment_plane(model, pixels, (*key, plane), mode, settings, parameters, on_tile))
-    whole = _stacked(labels) if planes != [None] else labels[0]
+    planes = request.get("planes")
+    height, width = shape_yx(source)
+    if (planes is None and source.plane_count > 1) or height * width > WHOLE_UP_TO_PX:
+        # Linked over slices, block by block where a plane is large; there is too much of it to be kept.
+        on_part = _progress(say, stop, 0, 1)
+        whole = segment_source(model, source, mode=mode, parameters=parameters, on_progress=on_part, **settings)
+    else:
+        (plane,) = planes or [None]
+        scaling = measure_scaling(source, settings["channels"], settings["percentiles"])
+        pixels = apply_scaling(to_channels(read_plane(source, plane), settings["channels"]), scaling)
+        key = (request["image"], settings["channels"], settings["percentiles"], plane)
+        with evaluating(model):
+            on_tile = _progress(say, stop, 0, 1)
+            whole = _segment_plane(model, pixels, key, mode, settings, parameters, on_tile)
     return {
         "labels": put_array(whole, Path(request["output"]), f"labels-{request['id']}"),
         "objects": int(np.unique(whole[whole > 0]).size),
@@ -224,21 +230,18 @@ def compare(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
     }
 
 
+def import_model(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
+    """Take the model at ``source`` into the list in ``folder``."""
+    return {"name": library.import_model(request["folder"], request["source"]).name}
+
+
+def export_model(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
+    """Write ``model`` to ``path``, in the format that its ending says."""
+    return {"path": str(api.export_model(request["model"], request["path"]))}
+
+
 def _decoder_for(mode: str) -> str:
     return "none" if mode == "amg" else "required"
-
-
-def _planes_of(source: ArraySource) -> list[int | None]:
-    return list(range(source.plane_count)) if any(axis in "ZT" for axis in source.axes) else [None]
-
-
-def _stacked(planes: list[Labels]) -> Labels:
-    offset = 0
-    for labels in planes:
-        found = int(labels.max(initial=0))
-        labels[labels > 0] += np.uint32(offset)
-        offset += found
-    return np.stack(planes)
 
 
 def _progress(say: Say, stop: StopToken, plane: int, planes: int) -> Callable[[int, int], None]:

@@ -1,4 +1,4 @@
-"""Automatic segmentation of planes and stacks with micro-sam's generators.
+"""Automatic segmentation of planes with micro-sam's generators.
 
 Modes: "ais" grows objects from the instance decoder's distances, "apg" turns those into point prompts for the mask
 decoder (both Archit et al. 2025, doi 10.1038/s41592-024-02580-4, and micro-sam), "amg" prompts the mask decoder with a
@@ -8,21 +8,15 @@ grid of points (Kirillov et al. 2023, https://arxiv.org/abs/2304.02643).
 from __future__ import annotations
 
 import difflib
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tifffile
 import torch
 from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 
-from napari_resfinetune.data.pairs import to_channels
-from napari_resfinetune.data.scaling import apply_scaling, measure_scaling
-from napari_resfinetune.data.sources import ArraySource, read_plane
 from napari_resfinetune.errors import ConfigError, DataError, ModelError
 from napari_resfinetune.inference.tiling import Tile, TileEmbedding, autocast, embed_plane, pad_to_patch, set_embedding
 from napari_resfinetune.models import SamModel, upstream
@@ -183,10 +177,8 @@ def segment_embedded(
     shape = image.shape[:2]
     if mode == "ais":
         return segment_maps(model, decode_embedded(model, shape, embeddings, precision), settings)
-    pieces = (
-        (embedding.tile, _segment_window(model, embedding, mode, precision, settings)) for embedding in embeddings
-    )
-    return _consecutive(_merge(shape, pieces), settings["min_size"])
+    pieces = ((embedding.tile, segment_window(model, embedding, mode, precision, settings)) for embedding in embeddings)
+    return consecutive(merge_windows(shape, pieces), settings["min_size"])
 
 
 def segment_maps(
@@ -195,99 +187,7 @@ def segment_maps(
     """Segment one plane from what `decode_embedded` gave; this takes no network, so parameters can be tried quickly."""
     segmenter = upstream.InstanceSegmentationWithDecoder(upstream.SamPredictor(model.sam), model.instance_decoder)
     segmenter.set_state(dict(maps))
-    return _consecutive(segmenter.generate(**{"min_size": MIN_SIZE_PX, **(parameters or {})}), 0)
-
-
-def segment_source(
-    model: SamModel,
-    source: ArraySource,
-    *,
-    channels: Sequence[int] | None = None,
-    percentiles: tuple[float, float] = (0.1, 99.9),
-    mode: str = "ais",
-    patch_px: int = 512,
-    halo_px: int | None = None,
-    precision: torch.dtype | None = None,
-    parameters: Mapping[str, Any] | None = None,
-) -> Labels:
-    """Segment an image or, slice by slice, a stack.
-
-    Slices are segmented independently: ids are distinct over the stack, but an object that spans several slices has
-    another id in each.
-
-    Parameters
-    ----------
-    model
-        A loaded model.
-    source
-        What `open_array` gave.
-    channels
-        Which 1 to 3 channels are shown to the model.
-    percentiles
-        Intensity percentiles of the whole source that become 0 and 255.
-    mode, patch_px, halo_px, precision, parameters
-        As for `segment_plane`.
-
-    Returns
-    -------
-    uint32 array
-        "YX" for a plane; "ZYX" for a stack or time series.
-
-    Raises
-    ------
-    ConfigError, DataError, ModelError
-        As `segment_plane`, and when the source cannot be read.
-    """
-    check_mode(mode, parameters)
-    check_decoder(model, mode)
-    chosen = None if channels is None else tuple(channels)
-    scaling = measure_scaling(source, chosen, percentiles)
-    is_stack = any(axis in "ZT" for axis in source.axes)
-    planes = []
-    offset = 0
-    for plane in range(source.plane_count) if is_stack else [None]:
-        labels = segment_plane(
-            model,
-            apply_scaling(to_channels(read_plane(source, plane), chosen), scaling),
-            mode=mode,
-            patch_px=patch_px,
-            halo_px=halo_px,
-            precision=precision,
-            parameters=parameters,
-        )
-        found = int(labels.max(initial=0))
-        labels[labels > 0] += np.uint32(offset)
-        offset += found
-        planes.append(labels)
-    return np.stack(planes) if is_stack else planes[0]
-
-
-def write_labels(labels: Labels, path: str | Path) -> None:
-    """Write a label image, uint32 "YX" or "ZYX", as a compressed TIFF; a file of that name is replaced.
-
-    Raises
-    ------
-    DataError
-        When it cannot be written.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        tifffile.imwrite(
-            partial,
-            labels.astype(np.uint32, copy=False),
-            compression="zlib",
-            photometric="minisblack",
-            metadata={"axes": "ZYX"[-labels.ndim :]},
-            bigtiff=labels.nbytes > 2**31,
-        )
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror or error}); choose a folder that exists "
-            "and that you may write to"
-        ) from None
+    return consecutive(segmenter.generate(**{"min_size": MIN_SIZE_PX, **(parameters or {})}), 0)
 
 
 @contextmanager
@@ -332,7 +232,7 @@ def decode_embedded(
     """
     maps = np.zeros((3, *shape), np.float32)
     for embedding in embeddings:
-        predicted = _decode_window(model, embedding, precision)
+        predicted = decode_window(model, embedding, precision)
         rows, columns = embedding.tile.core
         kept = maps[:, rows, columns]
         inner = predicted[(slice(None), *embedding.tile.core_in_window)]
@@ -340,14 +240,15 @@ def decode_embedded(
     return {"foreground": maps[0], "center_distances": maps[1], "boundary_distances": maps[2]}
 
 
-def _decode_window(model: SamModel, embedding: TileEmbedding, precision: torch.dtype | None) -> NDArray[np.float32]:
+def decode_window(model: SamModel, embedding: TileEmbedding, precision: torch.dtype | None) -> NDArray[np.float32]:
+    """Run the instance decoder on one window: foreground, distances to centre and boundary, "CYX"."""
     with autocast(model.device, precision):
         predicted = model.instance_decoder(embedding.features, embedding.input_size, embedding.tile.shape)
     array: NDArray[np.float32] = predicted[0].float().cpu().numpy()
     return array
 
 
-def _segment_window(
+def segment_window(
     model: SamModel, embedding: TileEmbedding, mode: str, precision: torch.dtype | None, settings: Mapping[str, Any]
 ) -> Labels:
     """Segment one window with prompts, as "YX" of the window's shape."""
@@ -355,7 +256,7 @@ def _segment_window(
     set_embedding(predictor, embedding)
     if mode == "apg":
         segmenter = upstream.AutomaticPromptGenerator(predictor, model.instance_decoder)
-        foreground, center, boundary = _decode_window(model, embedding, precision)
+        foreground, center, boundary = decode_window(model, embedding, precision)
         segmenter.set_state({"foreground": foreground, "center_distances": center, "boundary_distances": boundary})
         found: Labels = segmenter.generate(**settings)
         return found
@@ -369,8 +270,10 @@ def _segment_window(
     return labels
 
 
-def _merge(shape: tuple[int, ...], pieces: Iterable[tuple[Tile, Labels]]) -> Labels:
-    """Join label images of overlapping windows; `shape` leaves the padding out.
+def merge_windows(
+    shape: tuple[int, ...], pieces: Iterable[tuple[Tile, Labels]], merged: Labels | None = None
+) -> Labels:
+    """Join label images of overlapping windows; `shape` leaves the padding out, `merged` is an empty array to fill.
 
     Windows overlap so far that objects up to twice the halo are whole in one of them, and what is whole in one window
     is preferred to what the rim of another window cuts.
@@ -391,7 +294,7 @@ def _merge(shape: tuple[int, ...], pieces: Iterable[tuple[Tile, Labels]]) -> Lab
             )
             area = int(np.count_nonzero(mask))
             found.append((not at_rim, area, tile.y[0] + rows.start, tile.x[0] + columns.start, mask))
-    merged = np.zeros(shape, np.uint32)
+    merged = np.zeros(shape, np.uint32) if merged is None else merged
     # Whole before cut, then large before small: a part of an object never takes the place of more of it.
     found.sort(key=lambda item: item[:4], reverse=True)
     for number, (whole, area, y, x, mask) in enumerate(found, 1):
@@ -402,7 +305,7 @@ def _merge(shape: tuple[int, ...], pieces: Iterable[tuple[Tile, Labels]]) -> Lab
     return merged
 
 
-def _consecutive(labels: NDArray[Any], min_size: int) -> Labels:
+def consecutive(labels: NDArray[Any], min_size: int) -> Labels:
     """Drop small objects and number the rest from 1."""
     _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
     kept = counts >= min_size

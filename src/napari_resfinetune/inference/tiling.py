@@ -130,7 +130,6 @@ def pad_to_patch(image: NDArray[np.float32], patch_px: int) -> NDArray[np.float3
     return padded
 
 
-@torch.no_grad()
 def embed_tile(
     model: SamModel, image: NDArray[np.float32], tile: Tile, precision: torch.dtype | None = None
 ) -> TileEmbedding:
@@ -150,8 +149,16 @@ def embed_tile(
     precision
         Number format for autocast; `None` computes in float32.
     """
+    return embed_window(model, image[tile.window], tile, precision)
+
+
+@torch.no_grad()
+def embed_window(
+    model: SamModel, pixels: NDArray[np.float32], tile: Tile, precision: torch.dtype | None = None
+) -> TileEmbedding:
+    """Run the image encoder on the pixels of a window, "YXC"; like `embed_tile` otherwise."""
     device = model.device
-    patch = torch.from_numpy(np.ascontiguousarray(image[tile.window].transpose(2, 0, 1)))[None].to(device)
+    patch = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None].to(device)
     with autocast(device, precision):
         inputs, input_size = to_model_input(patch, model.input_px)
         features = encode(model.sam.image_encoder, inputs)

@@ -26,7 +26,7 @@ from napari_resfinetune.models.weights import (
     weights_hash,
 )
 
-DecoderChoice = Literal["required", "new", "none"]
+DecoderChoice = Literal["required", "new", "optional", "none"]
 PART_NAMES = ("image_encoder", "prompt_encoder", "mask_decoder", "instance_decoder")
 
 
@@ -112,7 +112,7 @@ def load_model(
         gave.
     decoder
         ``"new"``: the checkpoint's decoder, or a freshly initialised one; ``"required"``: the checkpoint's;
-        ``"none"``: leave it out.
+        ``"optional"``: the checkpoint's, if it has one; ``"none"``: leave it out.
     device
         Where to put it.
     seed

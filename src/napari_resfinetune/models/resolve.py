@@ -58,8 +58,8 @@ def resolve_model(model: str | Path, *, above: tuple[Path, ...] = ()) -> ModelLo
     ----------
     model
         One of micro-sam's names; ``"random:vit_t"`` (or another architecture) for freshly initialised weights; the
-        path of a checkpoint; a run folder, whose ``model.pt`` is meant; one of its checkpoints; or the folder of an
-        adapter, whose base is found by the name that the adapter gives.
+        path of a checkpoint or of a bioimage.io package; a run folder, whose ``model.pt`` is meant; one of its
+        checkpoints; or the folder of an adapter, whose base is found by the name that the adapter gives.
     above
         Adapters whose base is being looked for.
 
@@ -119,7 +119,9 @@ def _in_run_folder(folder: Path) -> Path:
 
 
 def _looks_like_path(model: str) -> bool:
-    return "/" in model or "\\" in model or Path(model).suffix.lower() in {".pt", ".pth", ".safetensors", ".ckpt"}
+    return (
+        "/" in model or "\\" in model or Path(model).suffix.lower() in {".pt", ".pth", ".safetensors", ".ckpt", ".zip"}
+    )
 
 
 def _unknown(model: str) -> str:

@@ -27,6 +27,8 @@ _MODULES = {
         "TiledInstanceSegmentationWithDecoder",
         "get_unetr",
     ),
+    "micro_sam.bioimageio": ("export_sam_model",),
+    "micro_sam.multi_dimensional_segmentation": ("merge_instance_segmentation_3d",),
     "micro_sam.prompt_generators": ("IterativePromptGenerator", "PointAndBoxPromptGenerator"),
     "micro_sam.training.sam_trainer": ("SamTrainer",),
     "micro_sam.training.trainable_sam": ("TrainableSAM",),

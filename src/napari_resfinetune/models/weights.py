@@ -28,6 +28,7 @@ from torch import nn
 
 from napari_resfinetune.errors import ModelError
 from napari_resfinetune.models.lora import without_lora
+from napari_resfinetune.models.packages import is_package, unpacked_weights
 
 if TYPE_CHECKING:
     from napari_resfinetune.models.build import SamModel
@@ -257,17 +258,25 @@ def _read(path: Path) -> dict[str, Any]:
     _must_be_file(path)
     if path.suffix.lower() == ".safetensors":
         return dict(load_safetensors(path))
+    if is_package(path):
+        with unpacked_weights(path) as (weights, meta):
+            return {**_read_torch(weights, path, mapped=False), **({"resfinetune": meta} if meta else {})}
+    return _read_torch(path, path, mapped=zipfile.is_zipfile(path))
+
+
+def _read_torch(file: Path, path: Path, *, mapped: bool) -> dict[str, Any]:
+    """Read what `torch.save` wrote into `file`; messages name `path`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # on old pickle protocols; what matters is raised
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        raise ModelError(_say_unpickling(path, str(error))) from None
+        raise ModelError(_say_unpickling(file, path, str(error))) from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from None
     except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(
-            f"{path}: not a whole checkpoint ({path.stat().st_size / 1e6:.1f} MB, {_first_line(error)}); expected a "
+            f"{path}: not a whole checkpoint ({file.stat().st_size / 1e6:.1f} MB, {_first_line(error)}); expected a "
             "file written by torch.save; copy or download it again"
         ) from None
     if isinstance(content, dict) and all(isinstance(key, str) for key in content):
@@ -282,10 +291,10 @@ def _must_be_file(path: Path) -> None:
         raise ModelError(f"{path}: no such file; give the path of a checkpoint (.pt, .pth or .safetensors)")
 
 
-def _say_unpickling(path: Path, message: str) -> str:
+def _say_unpickling(file: Path, path: Path, message: str) -> str:
     wanted = re.search(r"GLOBAL:? ([\w.]+)", message)
-    with path.open("rb") as file:
-        pickled = zipfile.is_zipfile(path) or file.read(1) == pickle.PROTO
+    with file.open("rb") as content:
+        pickled = zipfile.is_zipfile(file) or content.read(1) == pickle.PROTO
     if wanted or (pickled and ("nsupported operand" in message or "nsupported class" in message)):
         what = f" (it wants {wanted[1]})" if wanted else ""
         return f"{path}: would run code when opened{what}, so it was not opened; if you trust it, {_HOW_TO_EXPORT}"

@@ -10,7 +10,7 @@ from qtpy.QtWidgets import QComboBox, QFileDialog, QWidget
 
 from napari_resfinetune.models.names import KNOWN_MODELS, KnownModel, is_downloaded
 from napari_resfinetune.widgets.controller import Controller
-from napari_resfinetune.widgets.own_models import own_models
+from napari_resfinetune.widgets.own_models import in_words, own_models
 from napari_resfinetune.widgets.parts import Words
 
 BROWSE = "browse"
@@ -101,4 +101,4 @@ class ModelChoice(QObject):
             load = "" if is_downloaded(known.name) else f" {known.size_mb} MB to download."
             return f"{known.advice[:1].upper()}{known.advice[1:]}.{load}"
         run = next((run for run in own_models(self._controller.draft.runs_folder) if str(run.path) == model), None)
-        return run.in_words() if run is not None else model
+        return in_words(run) if run is not None else model

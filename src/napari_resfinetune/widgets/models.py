@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from napari.viewer import Viewer
 from qtpy.QtCore import Qt
@@ -23,8 +24,9 @@ from qtpy.QtWidgets import (
 )
 
 from napari_resfinetune.errors import ConfigError
+from napari_resfinetune.library import ModelEntry, delete_model, rename_model, set_note
 from napari_resfinetune.widgets.controller import controller_of
-from napari_resfinetune.widgets.own_models import OwnModel, delete_model, export_model, own_models, rename_model
+from napari_resfinetune.widgets.own_models import in_words, own_models, score_of
 from napari_resfinetune.widgets.parts import Words
 
 TITLES = ("name", "date", "SA50", "verdict")
@@ -43,7 +45,7 @@ class ModelsWidget(QWidget):
     def __init__(self, napari_viewer: Viewer, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self.controller = controller_of(napari_viewer)
-        self.runs: list[OwnModel] = []
+        self.runs: list[ModelEntry] = []
         viewer = self.controller.viewer
         self.folder = QLineEdit()
         self.folder.setReadOnly(True)
@@ -60,6 +62,11 @@ class ModelsWidget(QWidget):
         header.setSectionResizeMode(QHeaderView.ResizeMode.ResizeToContents)
         header.setSectionResizeMode(0, QHeaderView.ResizeMode.Stretch)
         self.details = Words(viewer)
+        self.remark = QLineEdit()
+        self.remark.setPlaceholderText("a note on this model")
+        self.remark.setAccessibleName("note")
+        self.import_button = QPushButton("Import…")
+        self.import_button.setToolTip("Copies a checkpoint or a bioimage.io package into the list")
         self.note = Words(viewer, tone="muted")
         self.buttons = {name: QPushButton(text) for name, text in _BUTTONS.items()}
         for name, tip in _TIPS.items():
@@ -80,15 +87,18 @@ class ModelsWidget(QWidget):
         layout.addWidget(self.hint)
         layout.addWidget(self.table, 1)
         layout.addWidget(self.details)
+        layout.addWidget(self.remark)
         grid = QGridLayout()
         grid.setSpacing(4)
-        for number, button in enumerate(self.buttons.values()):
+        for number, button in enumerate([*self.buttons.values(), self.import_button]):
             grid.addWidget(button, number // 2, number % 2)
         layout.addLayout(grid)
         layout.addWidget(self.note)
 
     def _connect(self) -> None:
         self.choose_button.clicked.connect(self._choose_folder)
+        self.import_button.clicked.connect(self._choose_import)
+        self.remark.editingFinished.connect(self._write_note)
         self.table.itemSelectionChanged.connect(self._show_chosen)
         self.table.itemChanged.connect(self._renamed)
         self.controller.models_changed.connect(self.refresh)
@@ -117,25 +127,19 @@ class ModelsWidget(QWidget):
         self.runs = own_models(folder)
         self.table.setRowCount(len(self.runs))
         for number, run in enumerate(self.runs):
-            score = run.comparison.get("after", {}).get("sa50")
-            said = (
-                run.name,
-                f"{run.created:%d %b %H:%M}",
-                "–" if score is None else f"{score:.2f}",
-                run.comparison.get("verdict", "–"),
-            )
+            said = (run.name, run.created[:10], score_of(run), run.verdict or "–")
             for column, text in enumerate(said):
                 item = QTableWidgetItem(text)
                 if column:
                     item.setFlags(item.flags() & ~Qt.ItemFlag.ItemIsEditable)
-                item.setToolTip(run.in_words())
+                item.setToolTip(in_words(run))
                 self.table.setItem(number, column, item)
         self._showing = False
         self.hint.setVisible(not self.runs)
         self.table.setVisible(bool(self.runs))
         self._show_chosen()
 
-    def chosen(self) -> list[OwnModel]:
+    def chosen(self) -> list[ModelEntry]:
         """Return the runs that are selected."""
         rows = sorted({index.row() for index in self.table.selectionModel().selectedRows()})
         return [self.runs[row] for row in rows if row < len(self.runs)]
@@ -144,6 +148,8 @@ class ModelsWidget(QWidget):
         chosen = self.chosen()
         for button in self.buttons.values():
             button.setEnabled(len(chosen) == 1)
+        self.remark.setVisible(len(chosen) == 1)
+        self.remark.setText(chosen[0].note if len(chosen) == 1 else "")
         self.details.say("\n".join(_described(run) for run in chosen))
 
     def _with_chosen(self, action: object) -> None:
@@ -156,40 +162,59 @@ class ModelsWidget(QWidget):
             return
         run = self.runs[item.row()]
         try:
-            rename_model(run.path, item.text())
+            rename_model(self.controller.draft.runs_folder, run.name, item.text())
             self.note.say("")
-        except (ConfigError, OSError) as error:
+        except ConfigError as error:
             self.note.say(str(error), "bad")
         self.controller.models_changed.emit()
 
-    def _continue(self, run: OwnModel) -> None:
+    def _continue(self, run: ModelEntry) -> None:
         """Start the next run from this model."""
         self.controller.draft.change_config({"model": str(run.path)})
         self.controller.training.forget()
         self.controller.open("Finetune")
 
-    def _choose_export(self, run: OwnModel) -> None:
-        file, _ = QFileDialog.getSaveFileName(self, "Export for micro-sam", f"{run.name}.pt", "Checkpoint (*.pt)")
+    def _choose_export(self, run: ModelEntry) -> None:
+        kinds = "micro-sam checkpoint (*.pt);;bioimage.io package (*.zip)"
+        file, _ = QFileDialog.getSaveFileName(self, "Export", f"{Path(run.name).name}.pt", kinds)
         if file:
-            self.export(run, Path(file))
+            self.note.say("Exporting…", "muted")
+            self._ask("export_model", f"Exported to {Path(file).name}.", model=str(run.path), path=file)
 
-    def export(self, run: OwnModel, file: Path) -> None:
-        """Write a run's model to a file."""
-        try:
-            export_model(run.path, file)
-        except ConfigError as error:
-            self.note.say(str(error), "bad")
-        else:
-            self.note.say(f"Exported to {file.name}.", "good")
+    def _choose_import(self) -> None:
+        file, _ = QFileDialog.getOpenFileName(self, "Import", "", "Models (*.pt *.pth *.zip);;All files (*)")
+        if file:
+            self.note.say("Importing…", "muted")
+            folder = str(self.controller.draft.runs_folder)
+            self._ask("import_model", f"Imported {Path(file).name}.", folder=folder, source=file)
 
-    def _delete(self, run: OwnModel) -> None:
+    def _ask(self, verb: str, said: str, **request: Any) -> None:
+        def done(answer: dict[str, Any]) -> None:
+            self.controller.models_changed.emit()
+            self.note.say(said, "good")
+
+        self.controller.engine.ask(
+            verb,
+            owner=self,
+            on_result=done,
+            on_error=lambda problems: self.note.say("\n".join(problems), "bad"),
+            **request,
+        )
+
+    def _write_note(self) -> None:
+        chosen = self.chosen()
+        if len(chosen) == 1 and chosen[0].note != self.remark.text().strip():
+            set_note(self.controller.draft.runs_folder, chosen[0].name, self.remark.text())
+            self.controller.models_changed.emit()
+
+    def _delete(self, run: ModelEntry) -> None:
         answer = QMessageBox.question(self, "Delete", f"Delete {run.name} and its checkpoints? This cannot be undone.")
         if answer != QMessageBox.StandardButton.Yes:
             return
         try:
-            delete_model(run.path)
+            delete_model(self.controller.draft.runs_folder, run.name)
             self.note.say(f"Deleted {run.name}.", "muted")
-        except (ConfigError, OSError) as error:
+        except ConfigError as error:
             self.note.say(str(error), "bad")
         self.controller.models_changed.emit()
 
@@ -199,11 +224,10 @@ class ModelsWidget(QWidget):
             self.controller.set_runs_folder(Path(folder))
 
 
-def _described(run: OwnModel) -> str:
-    before, after = (run.comparison.get(name, {}).get("sa50") for name in ("before", "after"))
-    scores = f", SA50 {before:.2f} → {after:.2f}" if before is not None and after is not None else ""
-    images = f", {run.images} images" if run.images else ""
-    return f"{run.name}: from {Path(run.start_model).name}, {run.strategy}{images}{scores}"
+def _described(run: ModelEntry) -> str:
+    said = [run.continued_from or Path(run.start_model).name or "imported", run.strategy, run.status]
+    by = f"continued by {', '.join(run.continued_by)}" if run.continued_by else ""
+    return f"{run.name}: from " + ", ".join(each for each in (*said, by) if each)
 
 
 _BUTTONS = {
@@ -217,6 +241,6 @@ _TIPS = {
     "segment": "Opens Segment with this model chosen",
     "continue": "Opens Finetune with this model to start from",
     "evaluate": "Opens Evaluate with this model chosen",
-    "export": "A checkpoint that micro-sam opens",
+    "export": "A checkpoint that micro-sam opens, or a bioimage.io package",
     "delete": "Deletes the run folder, after a question",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +40,7 @@ def colours_of(viewer: Any) -> Colours:
     )
 
 
-def connect_for_life(emitter: Any, method: Callable[..., None]) -> None:
+def connect_for_life(emitter: Any, method: Any) -> None:
     """Connect a widget's method to one of napari's emitters, until the widget is gone."""
     reference = weakref.WeakMethod(method)
 
