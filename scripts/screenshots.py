@@ -85,10 +85,15 @@ class Session:
     def planned(self, answer: dict[str, Any], *rows: dict[str, Any]) -> None:
         self.until(lambda: self.asked("check") and self.asked("plan"))
         self.wait()
+        for number, each in enumerate(rows, 1):
+            small = self.viewer.layers[f"cells {number}"].data[::8, ::8]
+            each["thumbnail"] = (small / small.max() * 255).astype(int).tolist()
         self.engine.answer("check", checked(*rows))
         self.widget.computer.plan_again()
         self.wait()
-        self.engine.answer("plan", answer)
+        # The first may be an answer to a question that is not asked any more.
+        for _ in range(2):
+            self.engine.answer("plan", answer)
 
     def train(self) -> str:
         self.widget.start_button.click()

@@ -59,7 +59,7 @@ def problem(level: str, code: str, found: str) -> dict[str, str]:
 
 
 def checked(*rows: dict[str, Any]) -> dict[str, Any]:
-    note = "2 images to train on, 1 held out"
+    note = "2 images to train on, 1 held out" if all(row["part"] for row in rows) else ""
     return {"pairs": list(rows), "problems": [], "note": note, "held_out_regions": 1}
 
 

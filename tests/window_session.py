@@ -37,7 +37,7 @@ TINY = {
         "objects": 2,
         "sub_iterations": 1,
     },
-    "resources": {"precision": "fp32", "device": "cpu", "workers": 0},
+    "resources": {"precision": "fp32", "device": "cpu", "workers": 0, "nice": 0},
 }
 WAIT_SECONDS = 400
 

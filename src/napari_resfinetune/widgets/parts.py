@@ -16,7 +16,7 @@ from napari_resfinetune.widgets.words import gigabytes
 # Of a limit: from here on a prediction is amber; beyond the limit it is red.
 TIGHT = 0.8
 MOST_POINTS = 600
-NAME_PX = 84
+NAME_PX = 90
 
 
 class Painted(QWidget):

@@ -33,7 +33,7 @@ from napari_resfinetune.widgets.words import counted
 
 CHECK_MS = 300
 # Heights in the list: a pair, a problem, and all of it.
-ROW_PX, PROBLEM_PX, MOST_PX = 31, 40, 230
+ROW_PX, PROBLEM_PX, MOST_PX = 31, 52, 250
 NUMBER = Qt.ItemDataRole.UserRole
 # What can be mended without a doubt, and what the button says.
 MENDABLE = {
