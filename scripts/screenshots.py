@@ -26,9 +26,11 @@ sys.path.insert(0, str(ROOT / "tests"))
 import napari  # noqa: E402
 import numpy as np  # noqa: E402
 from npe2 import PluginManager, PluginManifest  # noqa: E402
+from PIL import Image  # noqa: E402
 from qtpy.QtCore import QEventLoop, QTimer  # noqa: E402
 from qtpy.QtWidgets import QApplication  # noqa: E402
 
+from napari_resfinetune.config import make_config, write_config  # noqa: E402
 from napari_resfinetune.events import Started, Step  # noqa: E402
 from napari_resfinetune.widgets import controller as controller_module  # noqa: E402
 from window_helpers import (  # noqa: E402
@@ -43,6 +45,7 @@ from window_helpers import (  # noqa: E402
 )
 
 SIZE = (1280, 800)
+COLOURS = 200
 THEMES = ("dark", "light")
 
 
@@ -69,7 +72,7 @@ class Session:
         while not condition():
             self.wait(20)
 
-    def wait(self, milliseconds: int = 700) -> None:
+    def wait(self, milliseconds: int = 500) -> None:
         loop = QEventLoop()
         QTimer.singleShot(milliseconds, loop.quit)
         loop.exec()
@@ -79,12 +82,14 @@ class Session:
             self.viewer.theme = theme
             self.wait()
             file = self.folder / f"window-{name}-{theme}.png"
-            self.viewer.screenshot(str(file), canvas_only=False, flash=False)
+            picture = Image.fromarray(self.viewer.screenshot(canvas_only=False, flash=False)).convert("RGB")
+            picture.quantize(COLOURS, dither=Image.Dither.NONE).save(file, optimize=True)  # a third of the size
         self.viewer.theme = THEMES[0]
 
     def planned(self, answer: dict[str, Any], *rows: dict[str, Any]) -> None:
-        self.until(lambda: self.asked("check") and self.asked("plan"))
-        self.wait()
+        count = sum(request["verb"] == "check" for request in self.engine.requests)
+        self.widget.images.check_again()
+        self.until(lambda: sum(request["verb"] == "check" for request in self.engine.requests) > count)
         for number, each in enumerate(rows, 1):
             small = self.viewer.layers[f"cells {number}"].data[::8, ::8]
             each["thumbnail"] = (small / small.max() * 255).astype(int).tolist()
@@ -108,13 +113,16 @@ class Session:
             loss = 0.35 + 0.6 * math.exp(-falls * epoch)
             for event in an_epoch(epoch, loss - 0.05 + 0.04 * rng.random(), epoch, loss + 0.08 * rng.random()):
                 self.engine.tell(event)
+        self.controller.training.history.seconds_per_epoch = 240.0
         self.engine.tell(Step(epochs, 0, loss, 0.3, 0.1, 0.3, 31.0, 5.8, 6.2))
 
     def end(self, run_dir: str, status: str, comparison: dict[str, Any]) -> None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         (Path(run_dir) / "model.pt").write_bytes(b"")
+        write_config(make_config(self.controller.training.history.config), Path(run_dir) / "config.yaml")
         (Path(run_dir) / "comparison.json").write_text(json.dumps(comparison))
         event, result = finished(run_dir, status, 7)
+        (Path(run_dir) / "events.jsonl").write_text(json.dumps(event.to_dict()) + "\n")
         self.engine.tell(event)
         self.engine.answer("train", result)
 

@@ -17,7 +17,7 @@ import tifffile
 from napari_resfinetune.widgets.engine_client import EngineClient
 
 # Loading torch beside other work takes most of it.
-WAIT_SECONDS = 180
+WAIT_SECONDS = 280
 
 
 @pytest.fixture(scope="module")

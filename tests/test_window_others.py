@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ def runs(tmp_path, monkeypatch) -> Path:
         run.mkdir(parents=True)
         write_config(FinetuneConfig(model="vit_b_lm"), run / "config.yaml")
         (run / "model.pt").write_bytes(b"weights")
+        (run / "events.jsonl").write_text(json.dumps({"event": "Finished", "status": "finished"}) + "\n")
     return tmp_path / "runs"
 
 
@@ -172,8 +174,9 @@ def test_layers_are_scored_shown_sorted_and_saved(evaluate, viewer, qtbot, tmp_p
     assert viewer.layers["errors of found"].data.max() == 3
     assert evaluate.legend.text().startswith("7 right, 1 extra, 1 missed")
     assert evaluate.table.rowCount() == 3  # and their mean
-    evaluate.table.sortItems(2, Qt.SortOrder.DescendingOrder)
-    assert [evaluate.table.item(row, 2).text() for row in range(3)] == ["0.750", "0.625", "0.500"]
+    evaluate.table.sortItems(1, Qt.SortOrder.DescendingOrder)
+    assert [evaluate.table.item(row, 1).text() for row in range(3)] == ["0.75", "0.62", "0.50"]
+    assert evaluate.table.item(0, 4).text() == "8 of 9"
     evaluate.save(tmp_path / "scores.csv")
     lines = (tmp_path / "scores.csv").read_text().splitlines()
     assert lines[0] == "image,mode,sa50,sa75,msa,n_true,n_pred"
@@ -194,7 +197,8 @@ def test_a_model_is_scored_on_an_image_and_its_labels(evaluate, viewer, qtbot, r
     scores = {"sa50": 0.5, "sa75": 0.4, "msa": 0.3, "n_true": 9, "n_pred": 8}
     row = {"image": "x", "plane": None, "mode": "ais", **scores}
     evaluate.controller.engine.answer("evaluate", {"rows": [row], "means": {}, "model": "first"})
-    assert [evaluate.table.item(0, column).text() for column in range(3)] == ["cells", "first ais", "0.500"]
+    assert [evaluate.table.item(0, column).text() for column in range(2)] == ["cells", "0.50"]
+    assert evaluate.table.item(0, 0).toolTip() == "cells: first ais"
 
 
 def test_what_is_missing_is_said(viewer, qtbot):

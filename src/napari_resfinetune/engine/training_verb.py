@@ -25,7 +25,10 @@ def train(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
     check_output(Path(str(config.output)))
     for source, target in request.get("copy", ()):
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        if Path(source).is_dir():  # a zarr array
+            shutil.copytree(source, target)
+        else:
+            shutil.copyfile(source, target)
     return _train(config, say, stop, resume=False)
 
 

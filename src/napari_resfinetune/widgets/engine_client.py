@@ -209,6 +209,9 @@ class EngineClient(QObject):
         if process is None:
             return
         code = process.wait()
+        with contextlib.suppress(OSError):
+            if process.stdin is not None:
+                process.stdin.close()
         asked, self._asked = self._asked, {}
         waiting, self._waiting = self._waiting, {}
         if code == 0 and not asked:
@@ -285,6 +288,8 @@ def _read(process: subprocess.Popen[str], generation: int, received: Any) -> Non
             with contextlib.suppress(ValueError):  # the last line of one that was killed while it wrote
                 received.emit(generation, json.loads(line))
         received.emit(generation, None)
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 def _how_it_ended(code: int) -> str:

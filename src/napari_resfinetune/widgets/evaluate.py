@@ -35,15 +35,15 @@ from napari_resfinetune.widgets.parts import Curve, Rows, Words
 
 LAYERS, MODEL = "layers", "model"
 COLUMNS = ("image", "mode", "sa50", "sa75", "msa", "n_true", "n_pred")
-TITLES = ("image", "mode", "SA50", "SA75", "mSA", "true", "found")
+# What is shown of it; a file has all of it.
+SHOWN = ("image", "sa50", "sa75", "msa", "n_pred")
+TITLES = ("image", "SA50", "SA75", "mSA", "objects")
 TIPS = (
     "",
-    "how it was segmented",
     "share of right objects at an overlap (IoU) of at least 0.5: right / (right + missed + extra)",
     "the same at an overlap of at least 0.75",
     "mean of it over overlaps from 0.5 to 0.95",
-    "objects in the truth",
-    "objects that were found",
+    "objects that were found, of those in the truth",
 )
 MODES = (("ais", "Decoder (AIS)"), ("amg", "Grid of points (AMG)"), ("box", "Box prompts"), ("point", "Point prompts"))
 # Value in the error image, colour, words; the colours differ for people who see no red or green too.
@@ -88,7 +88,7 @@ class EvaluateWidget(QWidget):
         self.bar.setVisible(False)
         self.note = Words(viewer, tone="muted")
         self.note.say("")
-        self.table = QTableWidget(0, len(COLUMNS))
+        self.table = QTableWidget(0, len(SHOWN))
         self._set_up_table()
         self.curve = Curve(viewer, 130)
         self.curve.setToolTip("share of right objects over the overlap (IoU) that is asked for")
@@ -289,9 +289,14 @@ class EvaluateWidget(QWidget):
         self.table.setSortingEnabled(False)
         self.table.setRowCount(len(rows))
         for number, row in enumerate(rows):
-            for column, name in enumerate(COLUMNS):
+            for column, name in enumerate(SHOWN):
                 value = row.get(name, "")
-                item = _Number(value) if isinstance(value, int | float) else QTableWidgetItem(str(value))
+                item = QTableWidgetItem(str(value))
+                if name == "n_pred" and value != "":
+                    item = _Number(value, f"{value} of {row['n_true']}")
+                elif isinstance(value, float):
+                    item = _Number(value, f"{value:.2f}")
+                item.setToolTip(f"{row['image']}: {row['mode']}")
                 self.table.setItem(number, column, item)
         self.table.setSortingEnabled(True)
         for widget in (self.table, self.copy_button, self.save_button, self.clear_button):
@@ -339,8 +344,8 @@ class EvaluateWidget(QWidget):
 class _Number(QTableWidgetItem):
     """A number that sorts as one."""
 
-    def __init__(self, value: float) -> None:
-        super().__init__(str(value) if isinstance(value, int) else f"{value:.3f}")
+    def __init__(self, value: float, text: str) -> None:
+        super().__init__(text)
         self.value = value
 
     def __lt__(self, other: Any) -> bool:

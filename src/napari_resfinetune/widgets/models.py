@@ -85,7 +85,7 @@ class ModelsWidget(QWidget):
         top.addWidget(self.choose_button)
         layout.addLayout(top)
         layout.addWidget(self.hint)
-        layout.addWidget(self.table, 1)
+        layout.addWidget(self.table, 3)
         layout.addWidget(self.details)
         layout.addWidget(self.remark)
         grid = QGridLayout()
@@ -94,6 +94,7 @@ class ModelsWidget(QWidget):
             grid.addWidget(button, number // 2, number % 2)
         layout.addLayout(grid)
         layout.addWidget(self.note)
+        layout.addStretch(1)
 
     def _connect(self) -> None:
         self.choose_button.clicked.connect(self._choose_folder)

@@ -36,7 +36,8 @@ def colours_of(viewer: Any) -> Colours:
         accent=_colour(theme.current),
         good=QColor(good),
         warning=_colour(theme.warning) if theme.type == "dark" else QColor("#b26a00"),
-        bad=_colour(theme.error) if theme.type == "dark" else QColor("#b3261e"),
+        # napari's own red is too dark to read on dark.
+        bad=QColor("#ec7063" if theme.type == "dark" else "#b3261e"),
     )
 
 

@@ -95,11 +95,13 @@ class OutcomePage(QWidget):
         wanted = ["resume"] if state is State.PAUSED or (state is State.FAILED and history.resumable) else []
         if has_model and state is State.DONE:
             wanted += ["segment", "correct", "evaluate", "longer"]
+            if history.verdict == "worse":  # then another try is the next step
+                wanted = ["new", "longer", "correct", "evaluate", "segment"]
         elif state is State.DONE:
             wanted += ["resume"]
         if (Path(history.run_dir) / "report.html").is_file():
             wanted.append("report")
-        wanted.append("new")
+        wanted = [*dict.fromkeys([*wanted, "new"])]
         for name, button in self.buttons.items():
             self._grid.removeWidget(button)
             button.setVisible(name in wanted)
