@@ -25,7 +25,7 @@ FLOORS = (
     {"reporting"},
     {"search"},
     {"experiments"},
-    {"api", "cli", "__init__", "__main__"},
+    {"api", "cli", "engine", "__init__", "__main__"},
     {"widgets"},
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

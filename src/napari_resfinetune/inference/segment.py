@@ -176,12 +176,18 @@ def segment_embedded(
     settings = {"min_size": MIN_SIZE_PX, **(parameters or {})}
     shape = image.shape[:2]
     if mode == "ais":
-        maps = _decode(model, shape, embeddings, precision)
-        segmenter = upstream.InstanceSegmentationWithDecoder(upstream.SamPredictor(model.sam), model.instance_decoder)
-        segmenter.set_state(maps)
-        return consecutive(segmenter.generate(**settings), 0)
+        return segment_maps(model, decode_embedded(model, shape, embeddings, precision), settings)
     pieces = ((embedding.tile, segment_window(model, embedding, mode, precision, settings)) for embedding in embeddings)
     return consecutive(merge_windows(shape, pieces), settings["min_size"])
+
+
+def segment_maps(
+    model: SamModel, maps: Mapping[str, NDArray[np.float32]], parameters: Mapping[str, Any] | None = None
+) -> Labels:
+    """Segment one plane from what `decode_embedded` gave; this takes no network, so parameters can be tried quickly."""
+    segmenter = upstream.InstanceSegmentationWithDecoder(upstream.SamPredictor(model.sam), model.instance_decoder)
+    segmenter.set_state(dict(maps))
+    return consecutive(segmenter.generate(**{"min_size": MIN_SIZE_PX, **(parameters or {})}), 0)
 
 
 @contextmanager
@@ -210,13 +216,20 @@ def check_image(image: NDArray[np.float32]) -> None:
         raise DataError(f"image: values from {low:g} to {high:g}; expected 0 to 255, as apply_scaling gives them")
 
 
-def _decode(
+@torch.no_grad()
+def decode_embedded(
     model: SamModel,
     shape: tuple[int, ...],
     embeddings: Iterable[TileEmbedding],
     precision: torch.dtype | None,
 ) -> dict[str, NDArray[np.float32]]:
-    """Run the instance decoder on all windows and keep the cores; `shape` leaves the padding out."""
+    """Run the instance decoder on all windows and keep the cores; `shape` leaves the padding out.
+
+    Returns
+    -------
+    dict
+        float32 "YX" under ``"foreground"``, ``"center_distances"`` and ``"boundary_distances"``.
+    """
     maps = np.zeros((3, *shape), np.float32)
     for embedding in embeddings:
         predicted = decode_window(model, embedding, precision)

@@ -1,0 +1,6 @@
+"""Be the engine."""
+
+from napari_resfinetune.engine.process import main
+
+if __name__ == "__main__":
+    main()

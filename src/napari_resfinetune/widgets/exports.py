@@ -1,0 +1,104 @@
+"""Layers as files that the engine reads: copies, written beside the window's own thread, and only when they changed."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from qtpy.QtCore import QObject, Qt, Signal
+
+# Arrays up to this size are copied at once, so that nobody paints on them meanwhile.
+COPIED_AT_ONCE_BYTES = 256_000_000
+Files = dict[int, str]
+
+
+class Exporter(QObject):
+    """Writes layers as TIFF files.
+
+    Parameters
+    ----------
+    folder
+        Where to.
+    parent
+        Qt parent.
+    """
+
+    _done = Signal(object, object)
+
+    def __init__(self, folder: Path, parent: QObject | None = None) -> None:
+        super().__init__(parent)
+        self._folder = folder
+        self._known: dict[int, tuple[int, str]] = {}
+        self._closed = False
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="export layers")
+        self._done.connect(lambda then, result: then(result), Qt.ConnectionType.QueuedConnection)
+
+    def export(self, layers: Sequence[Any], then: Callable[[Files | Exception], None]) -> None:
+        """Write layers; `then` gets the path of each by ``id(layer)``, or what went wrong, in this thread."""
+        jobs = []
+        for layer in layers:
+            data = layer.data[0] if getattr(layer, "multiscale", False) else layer.data
+            if isinstance(data, np.ndarray) and data.nbytes <= COPIED_AT_ONCE_BYTES:
+                data = data.copy()
+            jobs.append((id(layer), layer.name, data, axes_of(layer)))
+        if self._closed:
+            return
+        future = self._pool.submit(self._write_all, jobs)
+        future.add_done_callback(lambda done: self._emit(then, done.exception() or done.result()))
+
+    def close(self) -> None:
+        """Take no more work."""
+        self._closed = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _emit(self, then: Any, result: Any) -> None:
+        try:
+            self._done.emit(then, result)
+        except RuntimeError:  # the window is gone
+            return
+
+    def _write_all(self, jobs: Sequence[tuple[int, str, Any, str]]) -> Files:
+        return {number: self._write(number, name, np.asarray(data), axes) for number, name, data, axes in jobs}
+
+    def _write(self, number: int, name: str, array: NDArray[Any], axes: str) -> str:
+        if array.dtype == bool:
+            array = array.astype(np.uint8)
+        array = np.ascontiguousarray(array)
+        print_ = zlib.crc32(array.view(np.uint8).reshape(-1).data, zlib.crc32(f"{name}{array.shape}{axes}".encode()))
+        known = self._known.get(number)
+        if known is not None and known[0] == print_ and Path(known[1]).is_file():
+            return known[1]
+        folder = self._folder / f"{print_:08x}"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{file_stem(name)}.tif"
+        partial = folder / ".partial.tif"
+        colour = "C" in axes and array.shape[-1] in (3, 4)
+        tifffile.imwrite(
+            partial,
+            array,
+            photometric="rgb" if colour else "minisblack",
+            metadata={"axes": axes.replace("C", "S" if colour else "C")},
+            bigtiff=array.nbytes > 2**31,
+        )
+        os.replace(partial, path)
+        self._known[number] = (print_, str(path))
+        return str(path)
+
+
+def axes_of(layer: Any) -> str:
+    """Return a letter for each dimension of a layer's array; more than one beyond planes cannot be used."""
+    channels = "C" if getattr(layer, "rgb", False) else ""
+    return "QTZYX"[-layer.ndim :] + channels
+
+
+def file_stem(name: str) -> str:
+    """Make a file name of a layer's name."""
+    kept = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).strip("._")
+    return kept[:80] or "layer"

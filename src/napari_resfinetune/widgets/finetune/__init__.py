@@ -1,0 +1,5 @@
+"""The dock widget "Finetune": images, model, computer, run."""
+
+from napari_resfinetune.widgets.finetune.widget import FinetuneWidget
+
+__all__ = ["FinetuneWidget"]

@@ -1,0 +1,30 @@
+"""The user's models, as the window shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from napari_resfinetune.errors import ConfigError
+from napari_resfinetune.library import ModelEntry, list_models
+
+
+def own_models(folder: Path) -> list[ModelEntry]:
+    """Return the models in the folder of runs that can be used, newest first; none where there is no folder."""
+    try:
+        return [entry for entry in list_models(folder) if (entry.path / "model.pt").is_file()]
+    except ConfigError:
+        return []
+
+
+def score_of(entry: ModelEntry) -> str:
+    """Say how good a model is on held-out images, as far as that is known."""
+    if "sa50" in entry.scores:
+        return f"{entry.scores['sa50']:.2f}"
+    return "–"
+
+
+def in_words(entry: ModelEntry) -> str:
+    """Say where a model comes from."""
+    origin = entry.continued_from or Path(entry.start_model).name
+    said = f"Yours, of {entry.created[:10]}" + (f", from {origin}" if origin else "")
+    return said + (f"; SA50 {score_of(entry)} on held-out images." if "sa50" in entry.scores else ".")

@@ -1,0 +1,34 @@
+"""Numbers as people say them."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """Say a time roughly: ``40 s``, ``4 min``, ``1 h 12 min``, ``3 days``."""
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 10:
+        return f"{hours} h {minutes:02} min" if minutes else f"{hours} h"
+    if hours < 48:
+        return f"{hours} h"
+    return f"{round(hours / 24)} days"
+
+
+def time_range(least: float, most: float) -> str:
+    """Say a range of times; one word when both ends read the same."""
+    low, high = duration(least), duration(most)
+    return low if low == high else f"{low} to {high}"
+
+
+def gigabytes(value: float) -> str:
+    """Say memory with the digits that matter."""
+    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Say ``1 image`` or ``3 images``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

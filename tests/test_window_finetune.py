@@ -1,0 +1,328 @@
+"""The Finetune widget through what a person does; the engine's answers are scripted (tests/test_window_session.py has
+the real one)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from napari.components import ViewerModel
+from qtpy.QtCore import QEvent, Qt
+from qtpy.QtGui import QCloseEvent
+from qtpy.QtWidgets import QApplication, QMainWindow, QMessageBox, QPushButton
+
+from napari_resfinetune.widgets import controller as controller_module
+from napari_resfinetune.widgets.engine_status import EngineStatus
+from napari_resfinetune.widgets.finetune import FinetuneWidget
+from napari_resfinetune.widgets.training_run import State
+from window_helpers import COMPUTER, ScriptedEngine, an_epoch, checked, finished, plan, problem, row, started
+
+
+@pytest.fixture
+def viewer(monkeypatch, tmp_path):
+    """A viewer without its window: layers, camera and theme are all that the widget needs."""
+    monkeypatch.setattr(controller_module, "EngineClient", ScriptedEngine)
+    monkeypatch.setattr(controller_module, "RUNS_FOLDER", tmp_path / "runs")
+    monkeypatch.setattr(QMessageBox, "question", lambda *args: QMessageBox.StandardButton.Close)
+    return ViewerModel()
+
+
+@pytest.fixture
+def widget(viewer, qtbot):
+    window = QMainWindow()
+    widget = FinetuneWidget(viewer)
+    window.setCentralWidget(widget)
+    qtbot.addWidget(window)
+    window.resize(360, 760)
+    window.show()
+    widget.controller.engine.answer("computer", COMPUTER)
+    yield widget
+    widget.controller.close()
+
+
+def click(qtbot, button: QPushButton) -> None:
+    assert button.isEnabled(), button.text()
+    assert button.isVisible(), button.text()
+    qtbot.mouseClick(button, Qt.MouseButton.LeftButton)
+
+
+def with_sample(widget: FinetuneWidget, qtbot, *rows) -> None:
+    """Load the sample cells and let the engine say about them what is given."""
+    engine = widget.controller.engine
+    click(qtbot, widget.images.sample_button)
+    qtbot.waitUntil(lambda: any(request["verb"] == "check" for request in engine.requests))
+    qtbot.waitUntil(lambda: any(request["verb"] == "plan" for request in engine.requests))
+    engine.answer("check", checked(*(rows or (row(48), row(11), row(4, "held out")))))
+    engine.answer("plan", plan())
+
+
+def train(widget: FinetuneWidget, qtbot) -> str:
+    """Start a run and return its folder."""
+    click(qtbot, widget.start_button)
+    qtbot.waitUntil(lambda: widget.controller.training.state is State.STARTING)
+    return widget.controller.engine.sent("train")["config"]["output"]
+
+
+def end(widget: FinetuneWidget, run_dir: str, status: str = "finished", comparison: dict | None = None) -> None:
+    Path(run_dir).mkdir(parents=True)
+    (Path(run_dir) / "model.pt").write_bytes(b"")
+    if comparison is not None:
+        (Path(run_dir) / "comparison.json").write_text(json.dumps(comparison))
+    event, result = finished(run_dir, status)
+    widget.controller.engine.tell(event)
+    widget.controller.engine.answer("train", result)
+
+
+def test_an_empty_widget_says_what_to_do_and_does_not_start(widget):
+    assert widget.images.hint.text() == "Add an image with labels to begin."
+    assert widget.reason.text() == "Next: add images."
+    assert not widget.start_button.isEnabled()
+    assert widget.findChild(EngineStatus).text() == "Engine: ready, CPU, 20.0 GB free"
+
+
+def test_an_image_without_labels_leads_to_segment(widget, viewer, qtbot):
+    viewer.add_image(np.zeros((64, 64)))
+    assert widget.images.hint.text().startswith("No labels yet?")
+    assert widget.images.segment_button.isVisible()
+
+
+def test_sample_cells_are_checked_planned_and_can_be_started(widget, qtbot):
+    with_sample(widget, qtbot)
+    tree = widget.images.tree
+    assert [tree.topLevelItem(i).text(2) for i in range(3)] == ["train", "train", "held out"]
+    assert tree.topLevelItem(0).text(1) == "48 objects"
+    assert widget.computer.gauge.text == "6.1 of 16.0 GB"
+    assert widget.computer.gauge.level == "good"
+    assert widget.computer.time.text() == "1 h to 6 h 40 min (4 min an epoch)"
+    assert widget.start_button.isEnabled()
+
+
+def test_problems_stand_at_their_pair_and_a_fix_makes_a_new_layer(widget, viewer, qtbot, tmp_path):
+    mask = problem("error", "foreground-mask", "one id covers 40 separate objects")
+    specks = problem("warning", "small-objects", "2 objects below 25 px")
+    with_sample(widget, qtbot, row(0, None, specks, mask), row(11, None), row(4, None))
+    assert widget.reason.text() == "Next: mend what is marked above."
+    assert not widget.start_button.isEnabled()
+    first = widget.images.tree.topLevelItem(0)
+    holders = [widget.images.tree.itemWidget(first.child(i), 0) for i in range(first.childCount())]
+    buttons = [holder.findChild(QPushButton) for holder in holders]
+    assert [button.text() for button in buttons] == ["Separate objects", "Drop specks"]  # the worst first
+    before = viewer.layers["labels 1"].data.copy()
+    click(qtbot, buttons[0])
+    new = tmp_path / "mended.npy"
+    np.save(new, np.ones((256, 256), np.uint32))
+    widget.controller.engine.answer("mend", {"labels": str(new), "note": "40 objects now"})
+    assert widget.controller.draft.pairs[0].labels is viewer.layers["labels 1 mended"]
+    np.testing.assert_array_equal(viewer.layers["labels 1"].data, before)
+
+
+def test_painting_on_labels_has_them_checked_again(widget, viewer, qtbot):
+    with_sample(widget, qtbot)
+    count = sum(request["verb"] == "check" for request in widget.controller.engine.requests)
+    first = widget.controller.engine.sent("check")["pairs"][0]["labels"]
+    viewer.layers["labels 1"].paint((10, 10), 7)
+    qtbot.waitUntil(lambda: sum(r["verb"] == "check" for r in widget.controller.engine.requests) > count)
+    assert widget.controller.engine.sent("check")["pairs"][0]["labels"] != first
+
+
+def test_a_click_moves_an_image_to_the_other_side_and_delete_removes_it(widget, qtbot):
+    with_sample(widget, qtbot)
+    tree = widget.images.tree
+    widget.images._clicked(tree.topLevelItem(0), 2)
+    assert [pair.held_out for pair in widget.controller.draft.pairs] == [True, False, True]
+    tree.setCurrentItem(tree.topLevelItem(2))
+    qtbot.keyClick(tree, Qt.Key.Key_Delete)
+    assert [pair.image_name for pair in widget.controller.draft.pairs] == ["cells 1", "cells 2"]
+
+
+def test_removing_a_layer_removes_its_pair(widget, viewer, qtbot):
+    with_sample(widget, qtbot)
+    viewer.layers.remove("cells 2")
+    assert len(widget.controller.draft.pairs) == 2
+
+
+def test_folders_that_are_dropped_are_paired(widget, qtbot, tmp_path):
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    widget.images.drop([tmp_path])
+    asked = widget.controller.engine.sent("open_folders")
+    assert [Path(asked[name]).name for name in ("images", "labels")] == ["images", "labels"]
+    pair = {"name": "a", "image": str(tmp_path / "images" / "a.tif"), "labels": str(tmp_path / "labels" / "a.tif")}
+    widget.controller.engine.answer("open_folders", {"pairs": [pair], "problems": []})
+    assert [pair.image_name for pair in widget.controller.draft.pairs] == ["a.tif"]
+
+
+def test_what_does_not_fit_offers_the_smallest_change(widget, qtbot):
+    with_sample(widget, qtbot)
+    smaller = widget.value().model_copy(update={"model": "vit_t_lm"}).model_dump(mode="json")
+    widget.computer.plan_again()
+    count = len(widget.controller.engine.requests)
+    qtbot.waitUntil(lambda: len(widget.controller.engine.requests) > count)
+    offer = {"label": "Start from vit_t_lm instead", "peak_gb": 3.2, "config": smaller}
+    widget.controller.engine.answer("plan", plan(21.0, smaller=offer))
+    assert widget.computer.gauge.level == "bad"
+    assert widget.reason.text() == "Next: choose something that fits."
+    assert widget.computer.fix.text() == "Start from vit_t_lm instead: 3.2 GB"
+    click(qtbot, widget.computer.fix)
+    assert widget.value().model == "vit_t_lm" == widget.model.model.combo.currentData()
+
+
+def test_the_form_edits_the_one_configuration_and_refuses_nonsense(widget, qtbot):
+    fields = widget.computer.advanced.fields
+    fields["training.epochs"].value = 7
+    fields["training.objects"].value = "4"
+    fields["training.learning_rate"].value = "0.001"
+    config = widget.value()
+    assert (config.training.epochs, config.training.objects, config.training.learning_rate) == (7, 4, 0.001)
+    fields["training.learning_rate"].value = "fast"
+    assert "learning_rate" in widget.computer.complaint.text()
+    assert widget.value() == config
+    widget.set_value(config.model_copy(update={"model": "vit_t"}))
+    assert widget.model.model.combo.currentData() == "vit_t"
+
+
+def test_a_run_from_start_to_better(widget, viewer, qtbot):
+    with_sample(widget, qtbot)
+    run_dir = train(widget, qtbot)
+    asked = widget.controller.engine.sent("train")
+    config = asked["config"]
+    assert len(config["data"]["images"]) == len(config["data"]["labels"]) == 3
+    copied = {target for _, target in asked["copy"]}
+    assert copied == {*config["data"]["images"], *config["data"]["labels"]}  # what the run names is its own
+    assert not any(path.startswith(run_dir + "/") for path in copied)
+    engine = widget.controller.engine
+    assert widget.pages.currentIndex() == 1
+    engine.tell(started(run_dir), *an_epoch(0, 0.9, 0), *an_epoch(1, 0.5, 1))
+    assert widget.running.where.text() == "Epoch 3 of up to 3 · best so far: 2"
+    assert widget.running.gauge.text == "5.8 of 16.0 GB"
+    assert "left" in widget.running.left.text()
+    assert [len(line) for line in widget.running.curve.lines.values()] == [8, 2]
+    images = [{"name": "cells 3", "before": 0.5, "after": 0.8}]
+    better = {"verdict": "better", "sentence": "S.", "before": {"sa50": 0.5}, "after": {"sa50": 0.8}, "images": images}
+    end(widget, run_dir, comparison=better)
+    assert widget.pages.currentIndex() == 2
+    assert widget.outcome.headline.text() == "Better: SA50 0.50 → 0.80 on 1 held-out image."
+    assert widget.outcome.buttons["segment"].isVisible()
+    assert not widget.outcome.buttons["resume"].isVisible()
+    assert widget.controller.last_model == run_dir
+
+
+def test_a_model_that_got_worse_is_called_so(widget, qtbot):
+    with_sample(widget, qtbot)
+    run_dir = train(widget, qtbot)
+    widget.controller.engine.tell(started(run_dir), *an_epoch(0, 0.9, 0))
+    worse = {"verdict": "worse", "sentence": "S.", "before": {"sa50": 0.7}, "after": {"sa50": 0.6}, "images": [{}, {}]}
+    end(widget, run_dir, "early_stopped", worse)
+    assert widget.outcome.headline.text() == "Not better: SA50 0.70 → 0.60 on 2 held-out images."
+    assert "Usual reasons" in widget.outcome.details.text()
+
+
+def test_without_a_comparison_nothing_is_claimed(widget, qtbot):
+    with_sample(widget, qtbot)
+    run_dir = train(widget, qtbot)
+    widget.controller.engine.tell(started(run_dir), *an_epoch(0, 0.9, 0))
+    end(widget, run_dir)
+    said = widget.outcome.headline.text() + widget.outcome.details.text()
+    assert "SA50" not in said and "etter:" not in said
+    assert widget.outcome.headline.text() == f"The model is ready: {Path(run_dir).name}."
+
+
+def test_pause_and_go_on_and_stop(widget, qtbot):
+    with_sample(widget, qtbot)
+    run_dir = train(widget, qtbot)
+    engine = widget.controller.engine
+    engine.tell(started(run_dir), *an_epoch(0, 0.9, 0))
+    click(qtbot, widget.running.pause_button)
+    assert engine.sent("stop")["job"] == engine.sent("train")["id"]
+    assert not widget.running.pause_button.isEnabled()
+    event, result = finished(run_dir, "stopped", 0)
+    engine.tell(event)
+    engine.answer("train", result)
+    assert widget.outcome.headline.text() == "Paused in epoch 2 of up to 3."
+    click(qtbot, widget.outcome.buttons["resume"])
+    again = engine.sent("train")
+    assert again["run_dir"] == run_dir and "config" not in again
+    engine.tell(started(run_dir, 1, 0), *an_epoch(1, 0.5, 1))
+    assert len(widget.running.curve.lines["validation"]) == 2  # what was there stays
+    click(qtbot, widget.running.stop_button)
+    end(widget, run_dir, "stopped")
+    assert "Stopped by you" in widget.outcome.details.text()
+
+
+def test_a_failure_says_what_happened_and_goes_on_from_the_checkpoint(widget, qtbot):
+    with_sample(widget, qtbot)
+    run_dir = train(widget, qtbot)
+    engine = widget.controller.engine
+    engine.tell(started(run_dir), *an_epoch(0, 0.9, 0))
+    (Path(run_dir) / "checkpoints" / "latest").mkdir(parents=True)
+    engine.refuse("train", "the training process was killed (SIGKILL)")
+    assert widget.outcome.headline.text() == "It could not go on."
+    assert "SIGKILL" in widget.outcome.details.text()
+    click(qtbot, widget.outcome.buttons["resume"])
+    assert engine.sent("train")["run_dir"] == run_dir
+
+
+def test_a_second_run_in_one_session_has_a_folder_of_its_own(widget, qtbot):
+    with_sample(widget, qtbot)
+    first = train(widget, qtbot)
+    widget.controller.engine.tell(started(first), *an_epoch(0, 0.9, 0))
+    end(widget, first)
+    click(qtbot, widget.outcome.buttons["new"])
+    assert widget.pages.currentIndex() == 0
+    second = train(widget, qtbot)
+    assert second != first
+    widget.controller.engine.tell(started(second), *an_epoch(0, 0.9, 0))
+    end(widget, second)
+    assert [each.name for each in widget.controller.draft.rounds] == [Path(first).name, Path(second).name]
+    assert widget.outcome.rounds.isVisible()
+
+
+def test_a_run_outlives_its_widget(widget, viewer, qtbot):
+    with_sample(widget, qtbot)
+    run_dir = train(widget, qtbot)
+    widget.window().takeCentralWidget().deleteLater()
+    widget.controller.engine.tell(started(run_dir), *an_epoch(0, 0.9, 0))
+    again = FinetuneWidget(viewer)
+    qtbot.addWidget(again)
+    assert again.pages.currentIndex() == 1
+    assert again.running.where.text().startswith("Epoch 2")
+
+
+@pytest.mark.parametrize("answer", [QMessageBox.StandardButton.Cancel, QMessageBox.StandardButton.Close])
+def test_closing_the_window_while_training_asks(widget, viewer, qtbot, monkeypatch, answer):
+    with_sample(widget, qtbot)
+    train(widget, qtbot)
+    asked = []
+    monkeypatch.setattr(QMessageBox, "question", lambda *args: asked.append(args) or answer)
+    close = QCloseEvent()
+    ignored = widget.controller.eventFilter(widget.window(), close)
+    assert len(asked) == 1
+    assert ignored is (answer == QMessageBox.StandardButton.Cancel)
+    widget.controller.training._set(State.DONE)
+    assert not widget.controller.eventFilter(widget.window(), QEvent(QEvent.Type.Close))
+
+
+def test_a_preview_leaves_the_active_layer_and_the_camera_alone(widget, viewer, qtbot, tmp_path):
+    with_sample(widget, qtbot)
+    run_dir = train(widget, qtbot)
+    widget.running.preview.setCurrentIndex(widget.running.preview.findText("cells 2"))
+    viewer.layers.selection = {viewer.layers["labels 1"]}
+    viewer.scene.camera.zoom = 3.3
+    widget.controller.engine.tell(started(run_dir), *an_epoch(0, 0.9, 0))
+    qtbot.waitUntil(lambda: any(request["verb"] == "preview" for request in widget.controller.engine.requests))
+    file = tmp_path / "preview.npy"
+    np.save(file, np.ones((256, 256), np.uint32))
+    widget.controller.engine.answer("preview", {"labels": str(file), "objects": 1})
+    assert "preview of the training" in viewer.layers
+    assert viewer.layers.selection == {viewer.layers["labels 1"]}
+    assert viewer.scene.camera.zoom == pytest.approx(3.3)
+
+
+def test_colours_follow_the_theme(widget, viewer):
+    dark = widget.computer.gauge.colours.text
+    viewer.theme = "light"
+    QApplication.processEvents()
+    assert widget.computer.gauge.colours.text != dark
+    viewer.theme = "dark"
