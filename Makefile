@@ -36,7 +36,7 @@ demo: $(READY)
 test: $(READY)
 	@$(SETUP) libraries
 	@$(SETUP) slurm || echo "without SLURM its tests are skipped"
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 test-slurm: $(READY)
 	@$(SETUP) slurm
