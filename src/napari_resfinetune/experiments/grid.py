@@ -83,23 +83,22 @@ class GridConfig(_Frozen):
     test_images: Locations | None = Field(None, description="images to score on; the run's held-out ones if unset")
     test_labels: Locations | None = Field(None, description="their labels")
     output: Path = Field(description="the sweep's folder")
-    model: tuple[str, ...] = Field(("vit_b_lm",), min_length=1, description="start models")
+    model: tuple[str, ...] = Field(("vit_b_lm",), description="start models")
     strategy: tuple[Strategy, ...] = Field(
         (FullStrategy(),),
-        min_length=1,
         description="names of strategies, or sections as {kind: lora, rank: 8}",
     )
-    preset: tuple[PresetName, ...] = Field(("auto",), min_length=1, description="hardware presets")
+    preset: tuple[PresetName, ...] = Field(("auto",), description="hardware presets")
     n_images: tuple[PositiveInt | None, ...] = Field(
-        (None,), min_length=1, description="how many images to train on; null is all of them"
+        (None,), description="how many images to train on; null is all of them"
     )
-    seed: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="seeds")
+    seed: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), description="seeds")
     exclude: tuple[dict[str, Any], ...] = Field(
         (), description="combinations to leave out, as {preset: gtx1080, strategy: [full, lora]}"
     )
     config: Path | None = Field(None, description="a run's configuration that all of them start from")
     set: dict[str, Any] = Field({}, description="keys over it, as in --set: {training.epochs: 20}")
-    modes: tuple[str, ...] = Field(("ais", "amg", "point", "box"), min_length=1, description="how to score")
+    modes: tuple[str, ...] = Field(("ais", "amg", "point", "box"), description="how to score")
     initial: bool = Field(True, description="also score each start model as it is")
     executor: Executor = LocalSettings()
 
@@ -127,7 +126,7 @@ class GridConfig(_Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> GridConfig:
-        problems = []
+        problems = [f"{name}: an empty list" for name in (*AXES, "modes") if not getattr(self, name)]
         given = (self.images is not None, self.labels is not None)
         if self.dataset is None and not all(given):
             problems.append("images and labels: both are needed, or dataset")
