@@ -89,7 +89,7 @@ def judge(here: str, name: str) -> Iterator[str]:
     root, _, rest = name.partition(".")
     if root == PACKAGE:
         other = rest.partition(".")[0] or "__init__"
-        # The package itself only hands on what api.py holds, apart from names such as __version__.
+        # The package itself only hands on what api holds, apart from names such as __version__.
         if re.fullmatch(r"__\w+__", rest):
             return
         if LEVEL.get(other, len(FLOORS)) > LEVEL[here]:

@@ -125,7 +125,7 @@ def segment(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
     say({"text": "loading the model"})
     model = _kept.model(request["model"], request.get("device", "auto"), _decoder_for(mode))
     check_decoder(model, mode)
-    settings = api._inference_settings(model, "auto", request.get("options") or {})
+    settings = api.inference_settings(model, "auto", request.get("options") or {})
     planes = request.get("planes")
     height, width = shape_yx(source)
     if (planes is None and source.plane_count > 1) or height * width > WHOLE_UP_TO_PX:
