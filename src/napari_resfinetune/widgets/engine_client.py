@@ -1,6 +1,7 @@
 """The window's side of the conversation with the engine process.
 
-A plain thread hands lines on to the window's event loop. (With a `thread_worker` napari would ask "still running,
+A plain thread puts lines into a queue, which a timer of the window empties. (A signal from that thread would crash when
+the window goes meanwhile. With a `thread_worker` napari would ask "still running,
 close?" even when the engine merely waits, and napari waits for workers without end.)
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -20,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from qtpy.compat import isalive
-from qtpy.QtCore import QObject, Qt, QTimer, Signal
+from qtpy.QtCore import QObject, QTimer, Signal
 
 COMMAND = ("-P", "-m", "napari_resfinetune.engine")
 # How long what a crashed engine left running may take to save, before it is ended.
 SAVE_SECONDS = 60.0
 LOOK_MS = 200
+EMPTY_MS = 15
 LOG_LINES = 20
 
 OnResult = Callable[[dict[str, Any]], None]
@@ -58,7 +61,6 @@ class EngineClient(QObject):
     """One of "off", "starting", "ready", "crashed"."""
     crashed = Signal(str)
     """What happened, in words."""
-    _received = Signal(int, object)
 
     def __init__(self, folder: Path, idle_seconds: float = 20 * 60, parent: QObject | None = None) -> None:
         super().__init__(parent)
@@ -71,7 +73,9 @@ class EngineClient(QObject):
         self._waiting: dict[str, tuple[Any, ...]] = {}
         self._next = 1
         self._closed = False
-        self._received.connect(self._take, Qt.ConnectionType.QueuedConnection)
+        self._received: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self._timer = QTimer(self)
+        self._timer.timeout.connect(self._take_all)
 
     @property
     def pid(self) -> int | None:
@@ -97,6 +101,7 @@ class EngineClient(QObject):
             target=_read, args=(self._process, self._generation, self._received), name="engine reader", daemon=True
         )
         reader.start()
+        self._timer.start(EMPTY_MS)
         self._set_status("starting")
 
     def ask(
@@ -150,6 +155,7 @@ class EngineClient(QObject):
         if process is None:
             return
         self._generation += 1
+        self._timer.stop()
         with contextlib.suppress(OSError):
             if process.stdin is not None:
                 process.stdin.close()
@@ -178,6 +184,10 @@ class EngineClient(QObject):
         with contextlib.suppress(OSError):  # it has ended; the reader tells how
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
+
+    def _take_all(self) -> None:
+        while not self._received.empty():
+            self._take(*self._received.get())
 
     def _take(self, generation: int, message: dict[str, Any] | None) -> None:
         if generation != self._generation:
@@ -208,6 +218,7 @@ class EngineClient(QObject):
         process, self._process = self._process, None
         if process is None:
             return
+        self._timer.stop()
         code = process.wait()
         with contextlib.suppress(OSError):
             if process.stdin is not None:
@@ -281,13 +292,12 @@ def _deliver(asked: _Asked, message: dict[str, Any]) -> None:
         asked.on_error(message["problems"])
 
 
-def _read(process: subprocess.Popen[str], generation: int, received: Any) -> None:
+def _read(process: subprocess.Popen[str], generation: int, received: queue.SimpleQueue[tuple[int, Any]]) -> None:
     """Hand lines on until there are no more; then `None`."""
-    with contextlib.suppress(RuntimeError):  # the window is gone, and its signals with it
-        for line in process.stdout or ():
-            with contextlib.suppress(ValueError):  # the last line of one that was killed while it wrote
-                received.emit(generation, json.loads(line))
-        received.emit(generation, None)
+    for line in process.stdout or ():
+        with contextlib.suppress(ValueError):  # the last line of one that was killed while it wrote
+            received.put((generation, json.loads(line)))
+    received.put((generation, None))
     if process.stdout is not None:
         process.stdout.close()
 

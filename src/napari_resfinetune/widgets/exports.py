@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
-from qtpy.QtCore import QObject, Qt, Signal
+from qtpy.QtCore import QObject, QTimer
 
 # Arrays up to this size are copied at once, so that nobody paints on them meanwhile.
 COPIED_AT_ONCE_BYTES = 256_000_000
+LOOK_MS = 10
 Files = dict[int, str]
 
 
@@ -30,15 +31,15 @@ class Exporter(QObject):
         Qt parent.
     """
 
-    _done = Signal(object, object)
-
     def __init__(self, folder: Path, parent: QObject | None = None) -> None:
         super().__init__(parent)
         self._folder = folder
         self._known: dict[int, tuple[int, str]] = {}
         self._closed = False
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="export layers")
-        self._done.connect(lambda then, result: then(result), Qt.ConnectionType.QueuedConnection)
+        self._waiting: list[tuple[Future[Files], Callable[[Files | Exception], None]]] = []
+        self._timer = QTimer(self)
+        self._timer.timeout.connect(self._look)
 
     def export(self, layers: Sequence[Any], then: Callable[[Files | Exception], None]) -> None:
         """Write layers; `then` gets the path of each by ``id(layer)``, or what went wrong, in this thread."""
@@ -50,19 +51,22 @@ class Exporter(QObject):
             jobs.append((id(layer), layer.name, data, axes_of(layer)))
         if self._closed:
             return
-        future = self._pool.submit(self._write_all, jobs)
-        future.add_done_callback(lambda done: self._emit(then, done.exception() or done.result()))
+        self._waiting.append((self._pool.submit(self._write_all, jobs), then))
+        self._timer.start(LOOK_MS)
 
     def close(self) -> None:
         """Take no more work."""
         self._closed = True
+        self._timer.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _emit(self, then: Any, result: Any) -> None:
-        try:
-            self._done.emit(then, result)
-        except RuntimeError:  # the window is gone
-            return
+    def _look(self) -> None:
+        while self._waiting and self._waiting[0][0].done():
+            future, then = self._waiting.pop(0)
+            error = future.exception()
+            then(error if isinstance(error, Exception) else future.result())
+        if not self._waiting:
+            self._timer.stop()
 
     def _write_all(self, jobs: Sequence[tuple[int, str, Any, str]]) -> Files:
         return {number: self._write(number, name, np.asarray(data), axes) for number, name, data, axes in jobs}
