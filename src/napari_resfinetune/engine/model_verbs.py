@@ -42,7 +42,7 @@ from napari_resfinetune.planning import (
     preset_fits,
     probe_hardware,
 )
-from napari_resfinetune.training.loop import SAM_INPUT_PX
+from napari_resfinetune.training.job import SAM_INPUT_PX
 from napari_resfinetune.training.planned import architecture_of, length_of, plan_anywhere
 from napari_resfinetune.training.step import DTYPES
 
