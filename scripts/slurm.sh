@@ -33,7 +33,7 @@ start() {
   local folder=$1 host cores memory_mb plugin=v1
   host=$(hostname -s)
   # The daemon counts; more than it finds would drain the node.
-  cores=$(nproc)
+  cores=$(nproc --all) # without --all it gives OMP_NUM_THREADS
   memory_mb=$(($(awk '/^MemTotal/ {print $2}' /proc/meminfo) / 1024 * 9 / 10))
   [ ! -e /sys/fs/cgroup/cgroup.controllers ] || plugin=v2
   mkdir -p "$folder"/{state,spool,munge}
