@@ -44,8 +44,8 @@ SHARES = {
     "brightfield": 0.1,
     "histology": 0.25,
 }
-# Fields that are not square are padded by SAM, and a decoder that never saw padding is lost there.
-PADDED_SHARE = 0.2
+# SAM pads fields that are not square, and we pad those below a patch; a decoder that never saw padding is lost there.
+PADDED_SHARE = 0.35
 DECAYING_SHARE = 0.3
 AVERAGE_DECAY, WARM_UP_STEPS, PATCHES_TO_MEASURE, LOG_EVERY, SAVE_EVERY = 0.998, 100, 32, 25, 100
 
@@ -75,9 +75,9 @@ class Windows(Dataset[Patch]):
         rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
         scaled = apply_scaling(rgb, measure_scaling(source))
         if rng.random() < PADDED_SHARE:
-            kept = int(self.window_px * rng.uniform(0.3, 0.95))
-            where = np.s_[kept:, :] if rng.random() < 0.5 else np.s_[:, kept:]
-            scaled[where], labels[where] = PADDING_RGB, 0
+            height, width = (int(self.window_px * min(1.0, rng.uniform(0.35, 1.4))) for _ in range(2))
+            for where in (np.s_[height:, :], np.s_[:, width:]):
+                scaled[where], labels[where] = PADDING_RGB, 0
         targets = instance_targets(labels, MIN_OBJECT_PX)
         if targets is None:
             return None
