@@ -35,7 +35,6 @@ demo: $(READY)
 
 test: $(READY)
 	@$(SETUP) libraries
-	@$(SETUP) slurm || echo "without SLURM its tests are skipped"
 	$(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 test-slurm: $(READY)

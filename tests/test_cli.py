@@ -81,7 +81,7 @@ def test_from_images_to_scores(cells, tmp_path):
     assert segmented["results"][0]["objects"] == len(np.unique(labels[labels > 0]))
     again = json.loads(call("segment", "--images", one, "--model", run, "--output", out, "--json").stdout)
     assert [result["kept"] for result in segmented["results"] + again["results"]] == [False, True]
-    other = ("--set", "data.patch_px=48")
+    other = ("--set", "data.patch_px=96")
     refused = call("segment", "--images", one, "--model", run, "--output", out, *other, status=2)
     assert "--overwrite" in refused.stderr
     pyramid = ("--format", "zarr", "--json")

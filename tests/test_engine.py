@@ -87,10 +87,10 @@ def test_a_plan_that_does_not_fit_comes_with_one_that_does(engine):
     fits = answer(engine, "plan", config=small, held_out=1)
     assert fits["fits"] and fits["smaller"] is None
     assert 0 < fits["seconds_at_least"] <= fits["seconds_at_most"]
-    large = {"model": "vit_l_lm", "resources": {"memory_gb": 5.5, "levers": "off"}}
+    large = {"model": "vit_l_lm", "resources": {"memory_gb": 7.5, "levers": "off"}}
     tight = answer(engine, "plan", config=large, held_out=1)
     assert not tight["fits"]
-    assert tight["smaller"]["peak_gb"] < 5.5
+    assert tight["smaller"]["peak_gb"] < 7.5
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def test_errors_of_a_segmentation_are_classified(engine, tmp_path):
     truth[20:28, 2:10] = 2  # missed
     found[30:38, 30:38] = 6  # extra
     truth[2:10, 20:26], truth[2:10, 28:34], found[2:10, 20:34] = 3, 4, 7  # merged
-    truth[20:28, 20:32], found[20:28, 20:26], found[20:28, 26:32] = 5, 8, 9  # split
+    truth[20:28, 20:32], found[20:28, 20:25], found[20:28, 27:32] = 5, 8, 9  # split
     for name, array in (("truth", truth), ("found", found)):
         np.save(tmp_path / f"{name}.npy", array)
     request = {"truth": str(tmp_path / "truth.npy"), "prediction": str(tmp_path / "found.npy")}

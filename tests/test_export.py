@@ -25,6 +25,7 @@ META = {"patch_px": 256, "percentiles": [1.0, 99.0]}
 
 # bioimageio.spec leaves files open.
 pytestmark = [
+    pytest.mark.trial,
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

@@ -22,7 +22,7 @@ from napari_resfinetune.inference.tiling import embed_plane
 from napari_resfinetune.models import SamModel, load_model, save_model
 from see_through import disks, paint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.trial, pytest.mark.slow, pytest.mark.timeout(900)]
 SIDE = 192
 
 

@@ -13,6 +13,7 @@ from napari_resfinetune.events import EpochEnded, Failed, Step
 from small_runs import SMALL, run, weights
 
 pytestmark = [
+    pytest.mark.trial,
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(sys.platform == "win32", reason="gloo's meeting over loopback is arranged for POSIX"),

@@ -27,6 +27,8 @@ from napari_resfinetune.training.feature_cache import SUBFOLDER
 from napari_resfinetune.training.step import StepSettings
 from small_runs import SMALL, TRAINING, run
 
+pytestmark = pytest.mark.trial
+
 SETTINGS: dict[str, Any] = {**SMALL, "training": {**TRAINING, "epochs": 1, "samples_per_epoch": 2}}
 STEP = StepSettings(input_px=128)
 PATCHES = 3

@@ -19,7 +19,7 @@ import napari_resfinetune as rf
 from napari_resfinetune.experiments import make_grid
 from napari_resfinetune.experiments.sweep import read_log
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.trial, pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "slurm.sh"
 CANCELLED = "cpu-8gb_start_full_n1_s0"

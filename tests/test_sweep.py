@@ -27,6 +27,8 @@ from napari_resfinetune.experiments.manage import run_jobs
 from napari_resfinetune.experiments.report import best_epochs, best_setting, write_report
 from napari_resfinetune.experiments.results import published_rows, read_rows
 
+pytestmark = pytest.mark.trial
+
 NEED = Need(1.0, 1.0, 60.0, "cpu-8gb", "cpu", 1)
 SMALL = {
     "data.patch_px": 64, "training.input_px": 128, "training.epochs": 1, "training.samples_per_epoch": 2,

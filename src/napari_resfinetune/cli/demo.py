@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
         "input_px": 256,
         "targets": "instances",
         "learning_rate": 3e-4,
-        "epochs": 6,
+        "epochs": 4,
         "samples_per_epoch": 48,
         "batch_size": 2,
         "early_stopping": None,
