@@ -33,7 +33,7 @@ def doctor_report() -> dict[str, Any]:
     precision = choose_precision("auto", device, hardware)
     fits = {name: preset_fits(preset, hardware) for name, preset in PRESETS.items()}
     best = auto_preset(hardware, device)
-    downloaded = [known.name for known in KNOWN_MODELS if is_downloaded(known.name)]
+    downloaded = [known.name for known in KNOWN_MODELS if not known.embedded and is_downloaded(known.name)]
     online = reaches(MODEL_HOST)
     packages = environment["packages"]
     sections = [
@@ -104,7 +104,7 @@ def _advice(hardware: Hardware, online: bool, downloaded: list[str]) -> list[str
     advice = [f"{gpu.name}: {gpu.advice}" for gpu in hardware.gpus if gpu.advice]
     if not online and not downloaded:
         advice.append(
-            "no network and no downloaded model: copy a micro-sam checkpoint here and give its path as --model, "
-            f"or put the files of a model into {models_folder()}"
+            "no network and no downloaded model: --model starter comes with this package; better, copy a micro-sam "
+            f"checkpoint here and give its path, or put the files of a model into {models_folder()}"
         )
     return advice
