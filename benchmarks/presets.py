@@ -1,9 +1,10 @@
-"""Train under each CPU preset with its limit kept by the system, and say what it came to.
+"""Train under presets with their limits kept by the system, and say what it came to.
 
     python benchmarks/presets.py --steps 20 --presets cpu-8gb cpu-16gb
+    python benchmarks/presets.py --steps 20 --presets gtx1080 rtx5000 rtx3090 v100 a100 --device cuda
 
-Both models of each preset, all layers, in a child process that Linux refuses more memory than the preset allows.
-Weights are random, images are made up; neither changes what a step takes.
+Both models of each preset, all layers, in a child process that Linux or the card's driver refuses more memory than the
+preset allows. Weights are random, images are made up; neither changes what a step takes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["cpu-8gb", "cpu-16gb", "cpu-32gb", "cpu-64gb"])
     parser.add_argument("--models", nargs="+", default=["vit_t", "vit_b"])
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     samples = [make_sample("fluorescence_nuclei", seed=seed, shape=(640, 640), field_px=512) for seed in range(3)]
     images, labels = [s.image for s in samples], [s.labels.astype(np.int32) for s in samples]
@@ -50,7 +52,7 @@ def main() -> None:
                         isolate=True,
                         on_event=events.append,
                         training={"epochs": 1, "samples_per_epoch": options.steps, "compare": False, "report": False},
-                        resources={"device": "cpu"},
+                        resources={"device": options.device},
                     )
                 except rf.ResFinetuneError as error:
                     print(f"{preset}, {model}: {error}", file=sys.stderr)

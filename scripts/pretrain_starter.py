@@ -2,18 +2,19 @@
 
     python scripts/pretrain_starter.py work/starter --steps 6000
     python scripts/pretrain_starter.py work/starter --steps 6000     # again: goes on where it stopped
+    python scripts/pretrain_starter.py work/starter --minutes 6 --batch 32 --workers 15    # on a card
     python scripts/pretrain_starter.py work/starter --pack src/napari_resfinetune/models/starter.safetensors
 
 Each step sees new windows of generated fields, at the scale of SAM's 1024 px input: `vit_t` has no absolute positions,
-so that what it learns from a window holds for the whole field. Both decoders learn, with this package's own training
-step; the packed weights are the running average. Nothing but generated images goes in.
+so that what it learns from a window holds for the whole field. Both decoders learn, with the parts of this package's
+training step; all windows of a batch go through each part together, so that a card is not kept waiting. The packed
+weights are the running average. Nothing but generated images goes in.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import math
 import os
 import time
 from pathlib import Path
@@ -31,9 +32,11 @@ from napari_resfinetune.data.sources import open_array
 from napari_resfinetune.data.synthetic import MODALITIES, make_sample
 from napari_resfinetune.models import SamModel, measure_batch_norm, to_model_input
 from napari_resfinetune.models.build import new_model
+from napari_resfinetune.models.instance_decoder import run_instance_decoder
 from napari_resfinetune.planning import choose_precision, pick_device, probe_hardware
-from napari_resfinetune.training.prompts import plan_training_prompts
-from napari_resfinetune.training.step import DTYPES, StepSettings, backward_samples
+from napari_resfinetune.training.losses import instance_loss
+from napari_resfinetune.training.prompts import PromptPlan, Prompts, plan_training_prompts
+from napari_resfinetune.training.step import DTYPES, StepSettings, autocast, encode_patches, mask_part
 
 FIELD_PX, MIN_OBJECT_PX = 1024, 25
 # How often each modality is drawn; histology and phase contrast are the hardest to learn.
@@ -47,7 +50,8 @@ SHARES = {
 # SAM pads fields that are not square, and we pad those below a patch; a decoder that never saw padding is lost there.
 PADDED_SHARE = 0.35
 DECAYING_SHARE = 0.3
-AVERAGE_DECAY, WARM_UP_STEPS, PATCHES_TO_MEASURE, LOG_EVERY, SAVE_EVERY = 0.998, 100, 32, 25, 100
+AVERAGE_DECAY, WARM_UP_STEPS, PATCHES_TO_MEASURE, LOG_EVERY, SAVE_EVERY = 0.998, 100, 32, 25, 250
+MOST_STEPS = 1_000_000
 
 
 class Windows(Dataset[Patch]):
@@ -90,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where state and curve are kept")
     parser.add_argument("--steps", type=int, default=6000, help="of the whole training; sets the learning rate's decay")
+    parser.add_argument("--minutes", type=float, help="of the whole training, instead of steps")
     parser.add_argument("--batch", type=int, default=2, help="windows a step")
     parser.add_argument("--window-px", type=int, default=320)
     parser.add_argument("--objects", type=int, default=8)
@@ -120,11 +125,11 @@ class Pretraining:
             autocast=DTYPES[precision.name if precision.name != "fp16" else "fp32"], input_px=options.window_px
         )
         self.device = torch.device(device)
-        self.windows = Windows(options.window_px, options.steps * options.batch)
+        self.windows = Windows(options.window_px, (MOST_STEPS if options.minutes else options.steps) * options.batch)
         self.model = new_model("vit_t", seed=0, device=self.device)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
         self.optimizer = AdamW(self.model.parameters(), lr=options.learning_rate, weight_decay=0.02, fused=True)
-        self.step, self.state = 0, options.folder / "state.pt"
+        self.step, self.seconds, self.state = 0, 0.0, options.folder / "state.pt"
         options.folder.mkdir(parents=True, exist_ok=True)
         if self.state.is_file():
             self._load()
@@ -137,51 +142,82 @@ class Pretraining:
 
     def run(self) -> None:
         """Train to the last step, saving on the way."""
-        options, sums, began = self.options, np.zeros(3), time.monotonic()
-        remaining = range(self.step * options.batch, options.steps * options.batch)
+        options, sums, logged = self.options, torch.zeros(3, device=self.device), self.seconds
+        remaining = range(self.step * options.batch, len(self.windows))
         loader = DataLoader(
             self.windows,
             batch_sampler=[list(remaining[i : i + options.batch]) for i in range(0, len(remaining), options.batch)],
             num_workers=options.workers,
-            collate_fn=list,
+            collate_fn=self._collate,
         )
         self.model.train()
-        for batch in loader:
-            sums += self._take_step(batch)
+        began = time.monotonic() - self.seconds
+        for images, targets, owners, plan in loader:
+            sums += self._take_step(*(part.to(self.device) for part in (images, targets, owners)), plan)
             self.step += 1
+            self.seconds = time.monotonic() - began
             if self.step % LOG_EVERY == 0:
-                self._log(sums / LOG_EVERY, (time.monotonic() - began) / LOG_EVERY)
-                sums, began = np.zeros(3), time.monotonic()
-            if self.step % SAVE_EVERY == 0 or self.step == options.steps:
+                self._log((sums / LOG_EVERY).tolist(), (self.seconds - logged) / LOG_EVERY)
+                sums, logged = torch.zeros_like(sums), self.seconds
+            if self._left() <= 0:
+                break
+            if self.step % SAVE_EVERY == 0:
                 self._save()
+        self._save()
 
-    def _take_step(self, batch: list[Patch]) -> Any:
-        options = self.options
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate * self._decay()
+    def _collate(self, batch: list[Patch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PromptPlan]:
+        """Return images "BCYX", targets "BCYX", the window of each object "N", and one plan for all objects."""
         plans = [
             plan_training_prompts(
                 patch.labels,
                 np.random.default_rng([7, patch.number]),
-                step=self.step,
-                objects=options.objects,
-                sub_iterations=options.rounds,
+                step=batch[0].number // self.options.batch,
+                objects=self.options.objects,
+                sub_iterations=self.options.rounds,
                 mask_prompt_probability=0.5,
             )
             for patch in batch
         ]
+        owners = torch.repeat_interleave(torch.tensor([len(plan.masks) for plan in plans]))
+        images, targets = (torch.stack(parts) for parts in zip(*((p.image, p.targets) for p in batch), strict=True))
+        return images, targets, owners, _joined(plans)
+
+    def _take_step(
+        self, images: torch.Tensor, targets: torch.Tensor, owners: torch.Tensor, plan: PromptPlan
+    ) -> torch.Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate * self._decay()
         self.optimizer.zero_grad(set_to_none=True)
-        losses = backward_samples(self.model, batch, plans, self.settings, train_instances=True, weight=1 / len(batch))
+        windows = [Patch(image, image, image, 0) for image in images]  # the encoder looks at the pixels alone
+        embedding, input_size = encode_patches(self.model, windows, self.settings)
+        leaf = embedding.detach().requires_grad_()
+        with autocast(self.device, self.settings):
+            patch_size = (self.options.window_px, self.options.window_px)
+            predicted = run_instance_decoder(self.model.instance_decoder, leaf, input_size, patch_size)
+        instance = instance_loss(predicted.float(), targets)
+        instance.backward()
+        each = leaf.detach()[owners].requires_grad_()
+        sums = torch.zeros(2, device=self.device)
+        for parts in mask_part(self.model, each, plan, input_size, self.settings):
+            (parts[0] + parts[1]).backward()
+            sums += torch.stack(parts).detach()
+        embedding.backward(leaf.grad.index_add(0, owners, each.grad))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if all(math.isfinite(loss.total) for loss in losses):
+        losses = torch.cat([sums, instance.detach()[None]])
+        if bool(losses.isfinite().all()):
             self.optimizer.step()
             self.average.update_parameters(self.model)
-        return np.mean([(loss.mask, loss.iou, loss.instance) for loss in losses], axis=0)
+        return losses
+
+    def _left(self) -> float:
+        """Return the share of the training that is still to come."""
+        if self.options.minutes:
+            return 1 - self.seconds / (60 * self.options.minutes)
+        return 1 - self.step / self.options.steps
 
     def _decay(self) -> float:
         """Return the factor on the learning rate: up, level, and down in the end, so that a run can be prolonged."""
-        left = (self.options.steps - self.step) / self.options.steps
-        return min(1.0, (self.step + 1) / WARM_UP_STEPS, left / DECAYING_SHARE)
+        return max(0.0, min(1.0, (self.step + 1) / WARM_UP_STEPS, self._left() / DECAYING_SHARE))
 
     def _log(self, means: Any, seconds: float) -> None:
         curve = self.options.folder / "curve.csv"
@@ -190,11 +226,13 @@ class Pretraining:
             writer = csv.writer(file)
             if new:
                 writer.writerow(["step", "mask_loss", "iou_loss", "instance_loss", "seconds_per_step"])
+            print(f"step {self.step}, {means[2]:.3f}, {seconds:.2f} s a step", flush=True)
             writer.writerow([self.step, *(f"{value:.4f}" for value in means), f"{seconds:.2f}"])
 
     def _save(self) -> None:
         content = {
             "step": self.step,
+            "seconds": self.seconds,
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -205,10 +243,28 @@ class Pretraining:
 
     def _load(self) -> None:
         content = torch.load(self.state, map_location=self.device, weights_only=True)
-        self.step = content["step"]
+        self.step, self.seconds = content["step"], content["seconds"]
         self.model.load_state_dict(content["model"])
         self.average.load_state_dict(content["average"])
         self.optimizer.load_state_dict(content["optimizer"])
+
+
+def _joined(plans: list[PromptPlan]) -> PromptPlan:
+    """Make one plan of several: all start from the same kind of prompt, and later rounds follow the first plan."""
+
+    def together(parts: list[Any]) -> Any:
+        return None if parts[0] is None else torch.cat(parts)
+
+    firsts = [plan.first for plan in plans]
+    return PromptPlan(
+        masks=torch.cat([plan.masks for plan in plans]),
+        first=Prompts(
+            *(together([getattr(first, name) for first in firsts]) for name in ("points", "point_labels", "boxes"))
+        ),
+        multimask=plans[0].multimask,
+        draws=torch.cat([plan.draws for plan in plans], 1),
+        mask_prompts=plans[0].mask_prompts,
+    )
 
 
 def pack(state: Path, path: Path) -> None:

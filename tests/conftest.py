@@ -32,7 +32,7 @@ os.environ.update(
     HTTPS_PROXY="http://127.0.0.1:9",
     NO_PROXY="localhost,127.0.0.1,::1",
 )
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     # Test files run side by side in `make test`, one thread each; a worker inherits what was set before it.
     os.environ[_name] = "1" if "PYTEST_XDIST_WORKER" in os.environ else os.environ.get(_name, "2")
 for _name in ("http_proxy", "https_proxy", "no_proxy"):

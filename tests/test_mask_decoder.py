@@ -171,6 +171,39 @@ def test_autocast_stays_near_float32(modules: tuple[MaskDecoder, PromptEncoder])
     assert _relative(masks, expected) < 1.5 * _relative(theirs.float(), expected) + 1e-3
 
 
-def test_several_images_are_refused(modules: tuple[MaskDecoder, PromptEncoder]) -> None:
-    with pytest.raises(ModelError, match="2 images"):
-        _ours(*modules, None, False)(torch.randn(2, 256, GRID, GRID), torch.randn(1, 2, 256))
+@pytest.mark.parametrize("with_masks", [True, False])
+def test_objects_of_several_images_at_once_equal_image_by_image(
+    modules: tuple[MaskDecoder, PromptEncoder], with_masks: bool
+) -> None:
+    decoder, encoder = modules
+    for module in (decoder, encoder.mask_downscaling, encoder.no_mask_embed):
+        module.double()
+    owners = torch.tensor([0, 0, 1, 1, 1])
+    masks = 5 * torch.randn(5, 1, 4 * GRID, 4 * GRID, dtype=torch.float64) if with_masks else None
+    embeddings = torch.randn(2, 256, GRID, GRID, dtype=torch.float64, requires_grad=True)
+    sparse = torch.randn(5, 2, 256, dtype=torch.float64)
+
+    def image_by_image(embedding: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
+        parts = []
+        for image in range(2):
+            own = owners == image
+            forward = _ours(*modules, None if masks is None else masks[own], True)
+            parts.append(forward(embedding[image], sparse[own]))
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def at_once(embedding: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
+        return _ours(*modules, masks, True)(embedding[owners], sparse)
+
+    expected, expected_gradients = _run(modules, image_by_image, embeddings, sparse)
+    found, gradients = _run(modules, at_once, embeddings, sparse)
+    for y, y_expected in zip(found, expected, strict=True):
+        assert _relative(y, y_expected) < 1e-9
+    for name, expected_gradient in expected_gradients.items():
+        gradient = gradients[name]
+        if gradient is not None and expected_gradient is not None:
+            assert _relative(gradient, expected_gradient) < 1e-9, name
+
+
+def test_embeddings_that_do_not_match_the_objects_are_refused(modules: tuple[MaskDecoder, PromptEncoder]) -> None:
+    with pytest.raises(ModelError, match="2 embeddings for 3 objects"):
+        _ours(*modules, None, False)(torch.randn(2, 256, GRID, GRID), torch.randn(3, 2, 256))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class _ImageTokens(NamedTuple):
-    """Image tokens of one image: ``keys`` is "NLD", or "1LD" while all objects share them; ``pe`` is "LD"."""
+    """Image tokens: ``keys`` is "NLD", or "1LD" while all objects share them; ``pe`` is "LD"."""
 
     keys: Tensor
     pe: Tensor
@@ -59,14 +59,15 @@ def predict_masks(
     multimask: bool = False,
     recompute_upscaling: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Predict masks for the objects of one image.
+    """Predict masks for the objects of one image, or of several when each object brings its own embedding.
 
     Parameters
     ----------
     mask_decoder, prompt_encoder
         The modules of ``segment_anything`` whose parameters are used.
     embedding
-        "CYX" or "1CYX", the image embedding; it may be a leaf that requires a gradient, or frozen.
+        "CYX" or "1CYX", the image embedding of all objects, or "NCYX", one for each; it may be a leaf that requires a
+        gradient, or frozen.
     dense_pe
         "1CYX", what ``prompt_encoder.get_dense_pe()`` gives.
     sparse
@@ -86,18 +87,19 @@ def predict_masks(
     Raises
     ------
     ModelError
-        If the embedding is of more than one image.
+        If there are more embeddings than one, but not one per object.
     """
-    if embedding.dim() == 4 and embedding.shape[0] != 1:
+    if embedding.dim() == 4 and embedding.shape[0] not in (1, sparse.shape[0]):
         raise ModelError(
-            f"mask decoder: got the embeddings of {embedding.shape[0]} images, expected one; call it once per image"
+            f"mask decoder: got {embedding.shape[0]} embeddings for {sparse.shape[0]} objects; give the image's one "
+            "embedding, or one per object"
         )
     height, width = embedding.shape[-2:]
     device_type = embedding.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else embedding.dtype
     with torch.autocast(device_type, enabled=False):
         keys = _image_tokens(prompt_encoder, embedding, mask_prompt_logits, dtype)
-        image = _ImageTokens(keys, _flatten_grid(dense_pe, dtype))
+        image = _ImageTokens(keys, _flatten_grid(dense_pe, dtype)[0])
         own = torch.cat([mask_decoder.iou_token.weight, mask_decoder.mask_tokens.weight])
         tokens = torch.cat([own.expand(sparse.shape[0], -1, -1), sparse], dim=1).to(_wide(dtype))
         queries, keys = _two_way(mask_decoder.transformer, image, tokens)
@@ -171,18 +173,18 @@ def _embed_points(prompt_encoder: PromptEncoder, points: Tensor, labels: Tensor,
 
 
 def _flatten_grid(grid: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bring "CYX" or "1CYX" to tokens "LC"."""
-    return grid.reshape(grid.shape[-3], -1).to(dtype).t().contiguous()
+    """Bring "CYX" or "BCYX" to tokens "BLC"; one "CYX" is a batch of one."""
+    return grid.reshape(-1, grid.shape[-3], grid.shape[-2] * grid.shape[-1]).to(dtype).transpose(1, 2).contiguous()
 
 
 def _image_tokens(
     prompt_encoder: PromptEncoder, embedding: Tensor, mask_prompt_logits: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Add the dense prompt to the embedding: "1LD" without mask prompts, "NLD" with them."""
+    """Add the dense prompt to the embedding: "1LD" for one embedding without mask prompts, else "NLD"."""
     tokens = _flatten_grid(embedding, dtype)
     if mask_prompt_logits is None:
-        shared: Tensor = (tokens + prompt_encoder.no_mask_embed.weight.to(dtype)).unsqueeze(0)
-        return shared
+        unprompted: Tensor = tokens + prompt_encoder.no_mask_embed.weight.to(dtype)
+        return unprompted
     first, norm1, act1, second, norm2, act2, last = prompt_encoder.mask_downscaling
     n, _, height, width = mask_prompt_logits.shape
     # Nested pixels (coarse pixel, 2x2, 2x2), in which each strided convolution is a linear layer.

@@ -197,12 +197,10 @@ def next_points(predicted: Tensor, masks: Tensor, draws: Tensor) -> tuple[Tensor
     """
     positive = pick(masks & ~predicted, draws[:, 0], masks)
     beyond = predicted & ~masks
+    # All without looking at a value, which would make a card wait.
     needs_box = ~beyond.flatten(1).any(1)
-    if bool(needs_box.any()):
-        beyond = beyond.clone()
-        beyond[needs_box] = (
-            _filled(bounding_boxes(masks[needs_box]), masks[needs_box], CORRECTION_MARGIN_PX) & ~masks[needs_box]
-        )
+    beside = _filled(_boxes_of(masks), masks, CORRECTION_MARGIN_PX) & ~masks
+    beyond = torch.where(needs_box[:, None, None], beside, beyond)
     negative = pick(beyond, draws[:, 1], ~masks)
     labels = torch.tensor([1, 0], device=masks.device).expand(len(masks), 2)
     return torch.stack([positive, negative], 1), labels
@@ -226,8 +224,7 @@ def pick(regions: Tensor, draws: Tensor, otherwise: Tensor | None = None) -> Ten
     """
     if otherwise is not None:
         empty = ~regions.flatten(1).any(1)
-        if bool(empty.any()):
-            regions = torch.where(empty[:, None, None], otherwise, regions)
+        regions = torch.where(empty[:, None, None], otherwise, regions)
     order = regions.flatten(1).cumsum(1, dtype=torch.int32)
     wanted = (draws.to(order.device) * order[:, -1]).int().clamp_max(order[:, -1] - 1) + 1
     at = torch.searchsorted(order, wanted[:, None]).squeeze(1)
@@ -239,20 +236,26 @@ def _around(masks: Tensor, boxes: NDArray[np.int64]) -> Tensor:
     """Return each object's box grown by 10 px, less the object grown by 10 px."""
     margin = NEGATIVE_MARGIN_PX
     grown = F.max_pool2d(masks[:, None].float(), 2 * margin + 1, stride=1, padding=margin)[:, 0] > 0
-    return _filled(boxes, masks, margin) & ~grown
+    return _filled(torch.from_numpy(boxes).to(masks.device), masks, margin) & ~grown
 
 
 def bounding_boxes(masks: Tensor) -> NDArray[np.int64]:
     """Return (y0, x0, y1, x1), end exclusive, of each mask of "NYX"."""
-    rows, columns = masks.any(2).int(), masks.any(1).int()
-    height, width = masks.shape[1:]
-    ends = height - rows.flip(1).argmax(1), width - columns.flip(1).argmax(1)
-    boxes: NDArray[np.int64] = torch.stack([rows.argmax(1), columns.argmax(1), *ends], 1).cpu().numpy()
+    boxes: NDArray[np.int64] = _boxes_of(masks).cpu().numpy()
     return boxes
 
 
-def _filled(boxes: NDArray[np.int64], masks: Tensor, margin: int) -> Tensor:
-    filled = torch.zeros_like(masks)
-    for row, (y0, x0, y1, x1) in zip(filled, boxes, strict=True):
-        row[max(y0 - margin, 0) : y1 + margin, max(x0 - margin, 0) : x1 + margin] = True
-    return filled
+def _boxes_of(masks: Tensor) -> Tensor:
+    rows, columns = masks.any(2).int(), masks.any(1).int()
+    height, width = masks.shape[1:]
+    ends = height - rows.flip(1).argmax(1), width - columns.flip(1).argmax(1)
+    return torch.stack([rows.argmax(1), columns.argmax(1), *ends], 1)
+
+
+def _filled(boxes: Tensor, masks: Tensor, margin: int) -> Tensor:
+    """Return "NYX", true within each box grown by a margin."""
+    y0, x0, y1, x1 = boxes[:, :, None].unbind(1)
+    rows, columns = (torch.arange(size, device=masks.device) for size in masks.shape[1:])
+    in_rows = (rows >= y0 - margin) & (rows < y1 + margin)
+    in_columns = (columns >= x0 - margin) & (columns < x1 + margin)
+    return in_rows[:, :, None] & in_columns[:, None, :]

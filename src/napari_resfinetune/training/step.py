@@ -131,7 +131,7 @@ def backward_samples(
     list of Losses
         Of each sample, unweighted.
     """
-    embedding, input_size = _encode(model, patches, settings, features)
+    embedding, input_size = encode_patches(model, patches, settings, features)
     learns = embedding.requires_grad
     leaves = [part.detach().requires_grad_(learns) for part in embedding.split(1)]
 
@@ -139,26 +139,31 @@ def backward_samples(
         loss = loss * weight
         (scaler.scale(loss) if scaler is not None else loss).backward()
 
-    losses = []
+    computed: list[Tensor] = []
     for leaf, patch, plan in zip(leaves, patches, plans, strict=True):
-        mask = iou = instance = None
+        # Mask, IoU and instance loss, added up where they are: reading each would make a card wait for every round.
+        sums = torch.zeros(3, device=leaf.device, dtype=torch.promote_types(leaf.dtype, torch.float32))
         if train_instances:
             loss = instance_part(model, leaf, patch, input_size, settings)
             backward(loss)
-            instance = loss.item()
+            sums[2] = loss.detach()
             del loss
         if plan is not None:
-            # Added up where they are: reading each would make a card wait for every round.
-            sums = [torch.zeros((), device=leaf.device) for _ in range(2)]
             for parts in mask_part(model, leaf, plan, input_size, settings):
                 backward(parts[0] + parts[1])
-                sums = [total + part.detach() for total, part in zip(sums, parts, strict=True)]
-            mask, iou = (total.item() for total in sums)
-        losses.append(Losses(mask, iou, instance))
+                sums[:2] += torch.stack(parts).detach()
+        computed.append(sums)
     gathered = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
     if learns:
         embedding.backward(torch.cat(gathered))
-    return losses
+    return [
+        Losses(
+            mask=None if plan is None else mask,
+            iou=None if plan is None else iou,
+            instance=instance if train_instances else None,
+        )
+        for (mask, iou, instance), plan in zip(torch.stack(computed).tolist(), plans, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -172,7 +177,7 @@ def validate_sample(
     features: FeatureCache | None = None,
 ) -> Losses:
     """Compute the losses of one sample without gradients; the model is in evaluation mode."""
-    embedding, input_size = _encode(model, [patch], settings, features)
+    embedding, input_size = encode_patches(model, [patch], settings, features)
     instance = instance_part(model, embedding, patch, input_size, settings).item() if with_instances else None
     mask = iou = None
     if plan is not None:
@@ -208,6 +213,7 @@ def mask_part(
 
     Each pair may be sent backward as soon as it is yielded. The loss of a round is the mean over its objects of the
     best candidate's dice error, plus the mean squared error of the predicted IoU; the sample's is the mean over rounds.
+    The embedding is one "1CYX" for all objects of the plan, or one for each, "NCYX".
     """
     total, rounds = len(plan.masks), len(plan.mask_prompts) + 1
     chunk = settings.object_chunk or total
@@ -216,11 +222,12 @@ def mask_part(
         chosen = slice(start, min(start + chunk, total))
         masks = plan.masks[chosen].to(embedding.device)
         prompts, draws = plan.first.rows(chosen).to(embedding.device), plan.draws[:, chosen].to(embedding.device)
+        own = embedding if len(embedding) == 1 else embedding[chosen]
         mask_prompt = None
         for round_index in range(rounds):
             with autocast(embedding.device, settings):
                 low_res, iou_prediction = predict_round(
-                    model, embedding, prompts, mask_prompt, size, plan.multimask and round_index == 0, settings
+                    model, own, prompts, mask_prompt, size, plan.multimask and round_index == 0, settings
                 )
             loss = low_res_mask_loss(low_res, masks, iou_prediction, input_size=input_size, input_px=settings.input_px)
             yield loss.mask / (total * rounds), loss.iou / (total * rounds)
@@ -285,7 +292,7 @@ def encoder_units_of(model: SamModel, settings: StepSettings) -> list[Unit]:
     )
 
 
-def _encode(
+def encode_patches(
     model: SamModel, patches: Sequence[Patch], settings: StepSettings, features: FeatureCache | None = None
 ) -> tuple[Tensor, tuple[int, int]]:
     """Return the embedding "BCYX" of patches of one size, and height and width of each in the model's input, in px."""
