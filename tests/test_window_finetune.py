@@ -304,6 +304,66 @@ def test_closing_the_window_while_training_asks(widget, viewer, qtbot, monkeypat
     assert not widget.controller.eventFilter(widget.window(), QEvent(QEvent.Type.Close))
 
 
+@pytest.mark.parametrize("answer", [QMessageBox.StandardButton.Yes, QMessageBox.StandardButton.No])
+def test_closing_the_widget_while_training_asks(widget, viewer, qtbot, monkeypatch, answer):
+    with_sample(widget, qtbot)
+    train(widget, qtbot)
+    asked = []
+    monkeypatch.setattr(QMessageBox, "question", lambda *args: asked.append(args) or answer)
+    controller, window = widget.controller, widget.window()
+    widget.setParent(None)  # as napari does with the widget of a dock that is closed
+    qtbot.waitUntil(lambda: len(asked) == 1)
+    assert "goes on in the background" in asked[0][2]
+    wanted = State.STOPPING if answer == QMessageBox.StandardButton.Yes else State.STARTING
+    qtbot.waitUntil(lambda: controller.training.state is wanted)
+    window.setCentralWidget(widget)
+
+
+def found(*models: tuple[str, float], **changes) -> dict:
+    ranked = [{"model": model, "score": score} for model, score in models]
+    answer = {"ranked": ranked, "left_out": [], "downloads": [], "status": "finished", "start_from": ranked[0]["model"]}
+    return {**answer, "advice": f"start from {ranked[0]['model']}: it does best on your images", **changes}
+
+
+def test_a_suggested_model_is_chosen_and_the_reason_said(widget, qtbot):
+    suggestion, engine = widget.model.suggestion, widget.controller.engine
+    assert not suggestion.button.isEnabled()
+    with_sample(widget, qtbot)
+    click(qtbot, suggestion.button)
+    qtbot.waitUntil(lambda: any(request["verb"] == "suggest" for request in engine.requests))
+    request = engine.sent("suggest")
+    assert "starter" in request["candidates"]
+    assert len(request["images"]) == len(request["labels"]) == len(widget.controller.draft.pairs)
+    event = {"event": "Searched", "model": "starter", "done": 3, "total": 16, "seconds_left": 65.0}
+    engine._take(engine._generation, {"id": request["id"], "event": event})
+    assert suggestion.words.text() == "Looking with starter: 3 of 16, 1 min left"
+    missing = [{"model": "vit_b_lm", "size_mb": 415, "advice": ""}, {"model": "vit_h", "size_mb": 2565, "advice": ""}]
+    engine.answer("suggest", found(("starter", 0.61), ("/runs/first", 0.5), downloads=missing))
+    assert widget.model.model.value() == widget.value().model == "starter"
+    assert "Start from starter: it does best on your images (starter 0.61, first 0.50)" in suggestion.words.text()
+    assert suggestion.words.text().endswith("Not on this computer yet: vit_b_lm.")
+    assert suggestion.button.text() == "Suggest"
+
+
+def test_a_suggestion_can_be_stopped_and_may_fail(widget, qtbot):
+    suggestion, engine = widget.model.suggestion, widget.controller.engine
+    with_sample(widget, qtbot)
+    before = widget.value().model
+    click(qtbot, suggestion.button)
+    qtbot.waitUntil(lambda: any(request["verb"] == "suggest" for request in engine.requests))
+    assert suggestion.button.text() == "Stop"
+    click(qtbot, suggestion.button)
+    assert engine.requests[-1] == {"verb": "stop", "job": engine.sent("suggest")["id"]}
+    engine.answer("suggest", found(("starter", 0.6), status="stopped"))
+    assert suggestion.words.text() == "Stopped; nothing was changed."
+    click(qtbot, suggestion.button)
+    qtbot.waitUntil(lambda: sum(request["verb"] == "suggest" for request in engine.requests) == 2)
+    engine.refuse("suggest", "labels: no object")
+    assert suggestion.words.text() == "labels: no object"
+    assert suggestion.button.text() == "Suggest"
+    assert widget.value().model == before
+
+
 def test_a_preview_leaves_the_active_layer_and_the_camera_alone(widget, viewer, qtbot, tmp_path):
     with_sample(widget, qtbot)
     run_dir = train(widget, qtbot)

@@ -201,6 +201,32 @@ def test_a_model_is_scored_on_an_image_and_its_labels(evaluate, viewer, qtbot, r
     assert evaluate.table.item(0, 0).toolTip() == "cells: first ais"
 
 
+def test_a_model_is_scored_on_folders_and_can_be_stopped(evaluate, qtbot, runs, tmp_path):
+    engine = evaluate.controller.engine
+    evaluate.what.setCurrentIndex(evaluate.what.findData("folders"))
+    assert evaluate.note.text() == "Choose a folder of images and one of labels."
+    for folder, name in ((evaluate.images_folder, "images"), (evaluate.truth_folder, "labels")):
+        (tmp_path / name).mkdir()
+        folder.value = tmp_path / name
+    evaluate.model.set_value(str(runs / "first"))
+    assert evaluate.what.currentData() == "folders"
+    click(qtbot, evaluate.button)
+    asked = engine.sent("evaluate")
+    assert (asked["images"], asked["labels"]) == (str(tmp_path / "images"), str(tmp_path / "labels"))
+    engine._take(engine._generation, {"id": asked["id"], "event": {"text": "b.tif", "done": 1, "total": 2}})
+    assert evaluate.note.text() == "1 of 2: b.tif"
+    scores = {"sa50": 0.5, "sa75": 0.4, "msa": 0.3, "n_true": 9, "n_pred": 8}
+    rows = [{"image": f"{name}.tif", "plane": None, "mode": "ais", **scores} for name in "ab"]
+    engine.answer("evaluate", {"rows": rows, "means": {}, "model": "first"})
+    assert sorted(evaluate.table.item(row, 0).text() for row in range(3)) == ["a.tif", "b.tif", "mean of 2"]
+    click(qtbot, evaluate.button)
+    assert evaluate.button.text() == "Stop"
+    click(qtbot, evaluate.button)
+    assert engine.requests[-1] == {"verb": "stop", "job": engine.sent("evaluate")["id"]}
+    engine.refuse("evaluate", "stopped")
+    assert (evaluate.note.text(), evaluate.button.text()) == ("Stopped.", "Evaluate")
+
+
 def test_what_is_missing_is_said(viewer, qtbot):
     widget = shown(EvaluateWidget(viewer), qtbot)
     assert widget.note.text() == "Open or paint a labels layer as the truth first."

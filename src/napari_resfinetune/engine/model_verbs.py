@@ -230,6 +230,19 @@ def compare(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
     }
 
 
+def suggest(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
+    """Rank ``candidates`` as models to start from for ``config``, on files ``images`` and ``labels``."""
+    found = api.suggest_models(
+        request["images"],
+        request["labels"],
+        candidates=request["candidates"],
+        on_event=lambda event: say(event.to_dict()),
+        stop=stop,
+        **{key: value for key, value in request["config"].items() if key != "output"},
+    )
+    return found.to_dict()
+
+
 def import_model(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
     """Take the model at ``source`` into the list in ``folder``."""
     return {"name": library.import_model(request["folder"], request["source"]).name}

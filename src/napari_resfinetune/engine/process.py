@@ -50,6 +50,7 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "preview": (MODEL, "model_verbs"),
     "evaluate": (MODEL, "model_verbs"),
     "compare": (MODEL, "model_verbs"),
+    "suggest": (MODEL, "model_verbs"),
     "import_model": (MODEL, "model_verbs"),
     "export_model": (MODEL, "model_verbs"),
     "train": (TRAINING, "training_verb"),

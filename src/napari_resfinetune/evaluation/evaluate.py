@@ -29,8 +29,9 @@ from napari_resfinetune.inference.segment import (
     evaluating,
     segment_embedded,
 )
+from napari_resfinetune.inference.stacks import link_slices
 from napari_resfinetune.inference.tiling import TileEmbedding, embed_plane, pad_to_patch
-from napari_resfinetune.models import SamModel, upstream
+from napari_resfinetune.models import SamModel
 
 # First prompt of each object, and how many rounds of prompting.
 PROMPTED_MODES: dict[str, tuple[PromptMode, int]] = {
@@ -267,16 +268,10 @@ def segment_in_mode(
     return [segment_embedded(model, image, embeddings, mode=mode, precision=precision)]
 
 
-def _join_slices(slices: Sequence[Labels], mode: str) -> NDArray[Any]:
+def _join_slices(slices: Sequence[Labels], mode: str) -> Labels:
     """Return "ZYX"; prompts follow objects over slices by themselves, automatic segmentations are linked."""
-    stack = np.stack(slices)
-    if mode in PROMPTED_MODES or len(stack) == 1:
-        return stack
-    last = 0
-    for labels in stack:
-        labels[labels > 0] += np.uint32(last)
-        last = max(last, int(labels.max()))
-    if last == 0:
-        return stack
-    linked: NDArray[Any] = upstream.merge_instance_segmentation_3d(stack, verbose=False)
-    return linked.astype(np.uint32)
+    if mode in PROMPTED_MODES:
+        return np.stack(slices)
+    firsts = np.cumsum([0, *(int(labels.max(initial=0)) for labels in slices[:-1])])
+    apart = [np.where(labels > 0, labels + np.uint32(first), 0) for labels, first in zip(slices, firsts, strict=True)]
+    return link_slices(np.stack(apart).astype(np.uint32))

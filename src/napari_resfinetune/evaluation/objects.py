@@ -6,6 +6,7 @@ as in Hoover et al. 1996, doi 10.1109/34.506791, with half of an object as the s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,12 @@ from elf.evaluation.matching import label_overlap
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from napari_resfinetune.errors import DataError
+
 MATCH_IOU = 0.5
 HALF = 0.5
+# What an object can be; the numbers are the values of an image of errors, where 0 is background.
+KINDS: Mapping[str, int] = {"right": 1, "extra": 2, "missed": 3, "merged": 4, "split": 5}
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,23 @@ class Objects:
     split: int
 
 
+def numbered(labels: NDArray[Any], what: str) -> NDArray[np.uint32]:
+    """Number objects from 1 without gaps, so that ids may be of any size; 0 stays background, even where there is none.
+
+    Raises
+    ------
+    DataError
+        When `labels`, called `what` in the message, are not integers, or negative.
+    """
+    if labels.dtype.kind not in "iub" or labels.min(initial=0) < 0:
+        raise DataError(
+            f"{what}: found {labels.dtype} values from {labels.min(initial=0)}; expected integers of 0 and more"
+        )
+    ids, inverse = np.unique(labels, return_inverse=True)
+    has_background = bool(ids.size) and ids[0] == 0
+    return inverse.reshape(labels.shape).astype(np.uint32) + np.uint32(not has_background)
+
+
 def match_objects(true: NDArray[np.uint32], predicted: NDArray[np.uint32]) -> Objects:
     """Match objects, and sort those that are wrong by kind.
 
@@ -55,41 +77,39 @@ def match_objects(true: NDArray[np.uint32], predicted: NDArray[np.uint32]) -> Ob
     true, predicted
         "YX" or "ZYX" of the same shape, ids from 1 without gaps; 0 is background.
     """
-    overlap, shares = _overlaps(true, predicted)
-    if overlap.size == 0:
-        sizes = [tuple(np.bincount(labels.ravel())[1:].tolist()) for labels in (true, predicted)]
-        return Objects(sizes[0], (0.0,) * len(sizes[0]), sizes[1], len(sizes[0]), len(sizes[1]), 0, 0)
-    true_px, predicted_px = shares
-    iou = overlap / (true_px[:, None] + predicted_px[None] - overlap)
-    rows, columns = _match(iou)
+    overlap, (true_px, predicted_px) = _overlaps(true, predicted)
+    rows, columns, iou = _matched(overlap, true_px, predicted_px)
     true_iou = np.zeros(len(true_px))
-    true_iou[rows] = iou[rows, columns]
-    matched = np.isin(np.arange(len(predicted_px)), columns)
-
-    holds = overlap > HALF * true_px[:, None]  # a prediction holds most of a true object
-    lies_in = overlap > HALF * predicted_px[None]  # a prediction lies mostly in a true object
-    merging = holds.sum(0) >= 2
-    covered = np.where(lies_in, overlap, 0).sum(1) > HALF * true_px
-    broken = (lies_in.sum(1) >= 2) & covered
-    explained_true = broken | (holds & merging[None]).any(1)
-    explained_predicted = merging | (lies_in & broken[:, None]).any(0)
+    true_iou[rows] = iou
+    of_true, of_predicted = _kinds(overlap, true_px, predicted_px, rows, columns)
     return Objects(
         true_px=tuple(int(px) for px in true_px),
         true_iou=tuple(float(value) for value in true_iou),
-        extra_px=tuple(int(px) for px in predicted_px[~matched]),
-        missed=int(np.count_nonzero((true_iou == 0) & ~explained_true)),
-        extra=int(np.count_nonzero(~matched & ~explained_predicted)),
-        merged=int(np.count_nonzero(merging)),
-        split=int(np.count_nonzero(broken)),
+        extra_px=tuple(int(px) for px in np.delete(predicted_px, columns)),
+        missed=int(np.count_nonzero(of_true == KINDS["missed"])),
+        extra=int(np.count_nonzero(of_predicted == KINDS["extra"])),
+        merged=int(np.count_nonzero(of_predicted == KINDS["merged"])),
+        split=int(np.count_nonzero(of_true == KINDS["split"])),
     )
+
+
+def kinds_of_objects(
+    true: NDArray[np.uint32], predicted: NDArray[np.uint32]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return the kind (`KINDS`) of every true and of every predicted object, by id; background, id 0, is 0.
+
+    An object that is matched and yet part of a merge or split is that, not right.
+    """
+    overlap, (true_px, predicted_px) = _overlaps(true, predicted)
+    rows, columns, _ = _matched(overlap, true_px, predicted_px)
+    of_true, of_predicted = _kinds(overlap, true_px, predicted_px, rows, columns)
+    return np.insert(of_true, 0, 0), np.insert(of_predicted, 0, 0)
 
 
 def matched_pairs(true: NDArray[np.uint32], predicted: NDArray[np.uint32]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return indices, from 0, of true objects that are matched and of those that they are matched to."""
     overlap, (true_px, predicted_px) = _overlaps(true, predicted)
-    if overlap.size == 0:
-        return np.zeros(0, int), np.zeros(0, int)
-    return _match(overlap / (true_px[:, None] + predicted_px[None] - overlap))
+    return _matched(overlap, true_px, predicted_px)[:2]
 
 
 def panoptic_quality(objects: Objects) -> float:
@@ -115,9 +135,37 @@ def _overlaps(
     return table.astype(np.float64), (true_px.astype(np.float64), predicted_px.astype(np.float64))
 
 
-def _match(iou: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return rows and columns of the pairs that most matches come to, with elf's costs."""
+def _matched(
+    overlap: NDArray[np.float64], true_px: NDArray[np.float64], predicted_px: NDArray[np.float64]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
+    """Return rows, columns and IoU of the pairs that most matches come to, with elf's costs."""
+    if overlap.size == 0:
+        return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
+    iou = overlap / (true_px[:, None] + predicted_px[None] - overlap)
     good = iou >= MATCH_IOU
     rows, columns = linear_sum_assignment(-good.astype(float) - iou / (2 * min(iou.shape)))
     kept = good[rows, columns]
-    return rows[kept], columns[kept]
+    rows, columns = rows[kept], columns[kept]
+    return rows, columns, iou[rows, columns]
+
+
+def _kinds(
+    overlap: NDArray[np.float64],
+    true_px: NDArray[np.float64],
+    predicted_px: NDArray[np.float64],
+    rows: NDArray[Any],
+    columns: NDArray[Any],
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return the kinds of true and predicted objects, of which `rows` and `columns` are matched."""
+    holds = overlap > HALF * true_px[:, None]  # a prediction holds most of a true object
+    lies_in = overlap > HALF * predicted_px[None]  # a prediction lies mostly in a true object
+    merging = holds.sum(0) >= 2
+    covered = np.where(lies_in, overlap, 0).sum(1) > HALF * true_px
+    broken = (lies_in.sum(1) >= 2) & covered
+    of_true = np.full(len(true_px), KINDS["missed"], np.uint8)
+    of_predicted = np.full(len(predicted_px), KINDS["extra"], np.uint8)
+    of_true[rows], of_predicted[columns] = KINDS["right"], KINDS["right"]
+    of_true[(holds & merging[None]).any(1)] = KINDS["merged"]
+    of_predicted[(lies_in & broken[:, None]).any(0)] = KINDS["split"]
+    of_true[broken], of_predicted[merging] = KINDS["split"], KINDS["merged"]
+    return of_true, of_predicted

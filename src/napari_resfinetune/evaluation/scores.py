@@ -15,7 +15,7 @@ from elf.evaluation import dice_score, mean_segmentation_accuracy
 from numpy.typing import NDArray
 
 from napari_resfinetune.errors import DataError
-from napari_resfinetune.evaluation.objects import Objects, match_objects, matched_pairs, panoptic_quality
+from napari_resfinetune.evaluation.objects import Objects, match_objects, matched_pairs, numbered, panoptic_quality
 
 METRICS = ("sa50", "sa75", "msa")
 # Beside the main ones.
@@ -56,8 +56,8 @@ def score_objects(labels_true: NDArray[Any], labels_pred: NDArray[Any]) -> tuple
         raise DataError(
             f"prediction: shape {labels_pred.shape} differs from the labels' {labels_true.shape}; crop one of them"
         )
-    true, n_true = _numbered(labels_true, "labels")
-    predicted, n_pred = _numbered(labels_pred, "prediction")
+    true, predicted = numbered(labels_true, "labels"), numbered(labels_pred, "prediction")
+    n_true, n_pred = int(true.max(initial=0)), int(predicted.max(initial=0))
     objects = match_objects(true, predicted)
     kinds = {name: getattr(objects, name) for name in ("missed", "extra", "merged", "split")}
     counts = {"n_true": n_true, "n_pred": n_pred, **kinds}
@@ -85,9 +85,7 @@ def matched_ids(labels_true: NDArray[Any], labels_pred: NDArray[Any]) -> tuple[N
     labels_true, labels_pred
         As for `score`.
     """
-    true, _ = _numbered(labels_true, "labels")
-    predicted, _ = _numbered(labels_pred, "prediction")
-    pairs = matched_pairs(true, predicted)
+    pairs = matched_pairs(numbered(labels_true, "labels"), numbered(labels_pred, "prediction"))
     names = [np.unique(labels[labels > 0]) for labels in (labels_true, labels_pred)]
     return names[0][pairs[0]], names[1][pairs[1]]
 
@@ -104,15 +102,3 @@ def mean_scores(scores: Iterable[Mapping[str, float]]) -> dict[str, float]:
     if not rows:
         raise DataError("scores: there are none; no image was evaluated")
     return {metric: float(np.mean([row[metric] for row in rows])) for metric in METRICS}
-
-
-def _numbered(labels: NDArray[Any], what: str) -> tuple[NDArray[np.uint32], int]:
-    """Number objects from 1, so that ids may be of any size, and count them."""
-    if labels.dtype.kind not in "iub" or labels.min(initial=0) < 0:
-        raise DataError(
-            f"{what}: found {labels.dtype} values from {labels.min(initial=0)}; expected integers of 0 and more"
-        )
-    ids, inverse = np.unique(labels, return_inverse=True)
-    has_background = bool(ids.size) and ids[0] == 0
-    numbers = inverse.reshape(labels.shape).astype(np.uint32) + np.uint32(not has_background)
-    return numbers, int(ids.size) - int(has_background)

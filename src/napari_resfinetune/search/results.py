@@ -106,9 +106,16 @@ class Suggestions(Sequence[Suggestion]):
     def __len__(self) -> int:
         return len(self.ranked)
 
+    @property
+    def start_from(self) -> str | None:
+        """The model that the advice names; `None` where none was scored."""
+        chosen = start_from(self.ranked)
+        return None if chosen is None else chosen.model
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, the ranking under ``"ranked"``."""
         return {
+            "start_from": self.start_from,
             "ranked": [each.to_dict() for each in self.ranked],
             "advice": self.advice,
             "notes": list(self.notes),
@@ -121,29 +128,45 @@ class Suggestions(Sequence[Suggestion]):
         }
 
 
-def advise(ranked: Sequence[Suggestion], *, labelled: bool) -> str:
-    """Say in one sentence which model to start from."""
+def start_from(ranked: Sequence[Suggestion]) -> Suggestion | None:
+    """Return the model to start from: the first, or of those too close to call a smaller one, which trains faster."""
     if not ranked:
-        return "no model was scored, so there is nothing to suggest yet"
+        return None
     first = ranked[0]
     if "pilot" in first.scores:
+        return first
+    lightest = min([first, *_close(ranked)], key=_size)
+    return lightest if _size(lightest) < _size(first) else first
+
+
+def advise(ranked: Sequence[Suggestion], *, labelled: bool) -> str:
+    """Say in one sentence which model to start from."""
+    chosen = start_from(ranked)
+    if chosen is None:
+        return "no model was scored, so there is nothing to suggest yet"
+    first, close = ranked[0], _close(ranked)
+    if len(ranked) == 1:
+        return f"{first.model} is the only model that was compared, so start from it"
+    if "pilot" in first.scores:
         return f"start from {first.model}: of the models that were too close to call it did best in a short training"
-    close = [each for each in ranked[1:] if each.too_close]
     why = "it does best on your images" if labelled else "its results are the steadiest on your images"
     if not close:
-        return (
-            f"start from {first.model}: {why}, and the others are clearly behind"
-            if len(ranked) > 1
-            else (f"{first.model} is the only model that was compared, so start from it")
-        )
+        return f"start from {first.model}: {why}, and the others are clearly behind"
     names = ", ".join(each.model for each in close[:3]) + (f" and {len(close) - 3} more" if len(close) > 3 else "")
-    lightest = min([first, *close], key=lambda each: _SIZES.index(each.architecture))
-    if _SIZES.index(lightest.architecture) < _SIZES.index(first.architecture):
+    cannot_tell = f"{names} {'is' if len(close) == 1 else 'are'} too close to call"
+    if chosen is not first:
         return (
-            f"{first.model} is first, but {names} {'is' if len(close) == 1 else 'are'} too close to call; start from "
-            f"{lightest.model}, which is smaller and trains faster"
+            f"{first.model} is first, but {cannot_tell}; start from {chosen.model}, which is smaller and trains faster"
         )
-    return f"start from {first.model}: {why}, but {names} {'is' if len(close) == 1 else 'are'} too close to call"
+    return f"start from {first.model}: {why}, but {cannot_tell}"
+
+
+def _close(ranked: Sequence[Suggestion]) -> list[Suggestion]:
+    return [each for each in ranked[1:] if each.too_close]
+
+
+def _size(suggestion: Suggestion) -> int:
+    return _SIZES.index(suggestion.architecture)
 
 
 _SIZES = ("vit_t", "vit_b", "vit_l", "vit_h")

@@ -97,6 +97,22 @@ class Controller(QObject):
             QTimer.singleShot(0, self._close_with_window)
         return False
 
+    def ask_after_closing_finetune(self) -> None:
+        """Ask what becomes of a training whose widget was closed."""
+        window = self._window()
+        if self._closed or not self.training.busy or window is None or not isalive(window) or not window.isVisible():
+            return
+        answer = QMessageBox.question(
+            window,
+            "Finetuning is running",
+            "Stop it? What was learned so far is saved. Otherwise it goes on in the background; open Finetune again to "
+            "see it.",
+            QMessageBox.StandardButton.Yes | QMessageBox.StandardButton.No,
+            QMessageBox.StandardButton.No,
+        )
+        if answer == QMessageBox.StandardButton.Yes:
+            self.training.stop()
+
     def close(self, *_: Any) -> None:
         """Stop the engine; a training saves what it has and ends by itself."""
         if self._closed:

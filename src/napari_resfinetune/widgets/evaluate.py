@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from magicgui.widgets import FileEdit
 from napari.layers import Image, Labels
 from napari.utils import DirectLabelColormap
 from napari.viewer import Viewer
@@ -33,7 +34,7 @@ from napari_resfinetune.widgets.layer_choice import LayerChoice
 from napari_resfinetune.widgets.model_choice import ModelChoice
 from napari_resfinetune.widgets.parts import Curve, Rows, Words
 
-LAYERS, MODEL = "layers", "model"
+LAYERS, MODEL, FOLDERS = "layers", "model", "folders"
 COLUMNS = ("image", "mode", "sa50", "sa75", "msa", "n_true", "n_pred")
 # What is shown of it; a file has all of it.
 SHOWN = ("image", "sa50", "sa75", "msa", "n_pred")
@@ -73,16 +74,20 @@ class EvaluateWidget(QWidget):
         self.what = QComboBox()
         self.what.addItem("A labels layer", LAYERS)
         self.what.addItem("A model", MODEL)
+        self.what.addItem("A model on folders", FOLDERS)
         self.what.setAccessibleName("what to evaluate")
         self.truth = LayerChoice(viewer, Labels, "truth")
         self.prediction = LayerChoice(viewer, Labels, "prediction")
         self.image = LayerChoice(viewer, Image, "image")
+        self.images_folder = FileEdit(mode="d", nullable=True, name="folder of images")
+        self.truth_folder = FileEdit(mode="d", nullable=True, name="folder of labels")
         self.model = ModelChoice(self.controller, for_training=False, parent=self)
         self.mode = QComboBox()
         for mode, name in MODES:
             self.mode.addItem(name, mode)
         self.button = QPushButton("Evaluate")
         self.button.setMinimumHeight(38)
+        self._request: int | None = None
         self.bar = QProgressBar()
         self.bar.setTextVisible(False)
         self.bar.setVisible(False)
@@ -127,6 +132,8 @@ class EvaluateWidget(QWidget):
         rows.add("Truth", self.truth)
         rows.add("Labels", self.prediction)
         rows.add("Image", self.image)
+        rows.add("Images in", self.images_folder.native)
+        rows.add("Truth in", self.truth_folder.native)
         self._model_row = QWidget()
         of_model = QVBoxLayout(self._model_row)
         of_model.setContentsMargins(0, 0, 0, 0)
@@ -146,13 +153,15 @@ class EvaluateWidget(QWidget):
 
     def _connect(self) -> None:
         self.what.currentIndexChanged.connect(self._what_changed)
-        self.button.clicked.connect(self.evaluate)
+        self.button.clicked.connect(self._clicked)
         self.copy_button.clicked.connect(self.copy)
         self.save_button.clicked.connect(self._choose_file)
         self.clear_button.clicked.connect(self._clear)
         QShortcut(QKeySequence.StandardKey.Copy, self.table, self.copy)
         for choice in (self.truth, self.prediction, self.image):
             choice.layer_changed.connect(self._show_what_is_missing)
+        for folder in (self.images_folder, self.truth_folder):
+            folder.changed.connect(lambda value: self._show_what_is_missing())
         self.model.value_changed.connect(self._model_chosen)
 
     def showEvent(self, event: QShowEvent | None) -> None:
@@ -160,8 +169,18 @@ class EvaluateWidget(QWidget):
         super().showEvent(event)
         self.controller.attach(self)
 
+    def _clicked(self) -> None:
+        if self._request is not None:
+            self.controller.engine.stop(self._request)
+        else:
+            self.evaluate()
+
     def evaluate(self) -> None:
-        """Score what is chosen and add a row to the table."""
+        """Score what is chosen and add rows to the table."""
+        if self.what.currentData() == FOLDERS:
+            self._show_busy(True)
+            self._ask_model(str(self.images_folder.value), str(self.truth_folder.value), None)
+            return
         truth, of_model = self.truth.layer, self.what.currentData() == MODEL
         other = self.image.layer if of_model else self.prediction.layer
         self._show_busy(True)
@@ -188,19 +207,30 @@ class EvaluateWidget(QWidget):
             output=str(self.controller.arrays),
         )
 
-    def _ask_model(self, image: str, truth: str, name: str) -> None:
+    def _ask_model(self, image: str, truth: str, name: str | None) -> None:
+        """Score the model on an image, or on all of a folder; rows are called `name`, or else as their files."""
         model = self.model.value()
-        self.controller.engine.ask(
+        self._request = self.controller.engine.ask(
             "evaluate",
             owner=self,
             on_result=lambda answer: self._evaluated(answer, name, model),
             on_error=self._failed,
-            on_event=lambda event: self.note.say(f"{event['text']}…", "muted"),
+            on_event=self._show_progress,
             images=image,
             labels=truth,
             model=model,
             modes=[self.mode.currentData()],
         )
+        self.button.setText("Stop")
+        self.button.setEnabled(True)
+
+    def _show_progress(self, event: dict[str, Any]) -> None:
+        if "total" in event:
+            self.bar.setRange(0, event["total"])
+            self.bar.setValue(event["done"])
+            self.note.say(f"{event['done']} of {event['total']}: {event['text']}", "muted")
+        else:
+            self.note.say(f"{event['text']}…", "muted")
 
     def _compared(self, answer: dict[str, Any], truth: Any, other: Any) -> None:
         self._show_busy(False)
@@ -214,11 +244,12 @@ class EvaluateWidget(QWidget):
         self.curve.set_lines(dict(list(lines.items())[-3:]), "overlap (IoU)")
         self.curve.setVisible(True)
 
-    def _evaluated(self, answer: dict[str, Any], name: str, model: str) -> None:
+    def _evaluated(self, answer: dict[str, Any], name: str | None, model: str) -> None:
         self._show_busy(False)
         for row in answer["rows"]:
             plane = "" if row["plane"] is None else f" [{row['plane']}]"
-            self.rows.append({**row, "image": f"{name}{plane}", "mode": f"{Path(model).stem} {row['mode']}"})
+            image = f"{name or row['image']}{plane}"
+            self.rows.append({**row, "image": image, "mode": f"{Path(model).stem} {row['mode']}"})
         self._show_rows()
 
     def _show_errors(self, file: str, truth: Any, name: str) -> None:
@@ -243,7 +274,8 @@ class EvaluateWidget(QWidget):
 
     def _failed(self, problems: list[str]) -> None:
         self._show_busy(False)
-        self.note.say("\n".join(problems), "bad")
+        stopped = problems == ["stopped"]
+        self.note.say("Stopped." if stopped else "\n".join(problems), "muted" if stopped else "bad")
 
     # The table
 
@@ -312,29 +344,41 @@ class EvaluateWidget(QWidget):
     # What is shown
 
     def _what_changed(self, index: int = 0) -> None:
-        of_model = self.what.currentData() == MODEL
-        for widget in (self.image, self._model_row, self.mode):
-            self._rows.show(widget, of_model)
-        self._rows.show(self.prediction, not of_model)
+        what = self.what.currentData()
+        for widget in (self._model_row, self.mode):
+            self._rows.show(widget, what != LAYERS)
+        self._rows.show(self.prediction, what == LAYERS)
+        self._rows.show(self.image, what == MODEL)
+        self._rows.show(self.truth, what != FOLDERS)
+        for folder in (self.images_folder, self.truth_folder):
+            self._rows.show(folder.native, what == FOLDERS)
         self._show_what_is_missing()
 
     def _model_chosen(self, model: str) -> None:
-        self.what.setCurrentIndex(self.what.findData(MODEL))
+        if self.what.currentData() == LAYERS:
+            self.what.setCurrentIndex(self.what.findData(MODEL))
+
+    def _missing(self) -> str:
+        if self.what.currentData() == FOLDERS:
+            folders = (self.images_folder.value, self.truth_folder.value)
+            return "" if all(folders) else "Choose a folder of images and one of labels."
+        other = self.image.layer if self.what.currentData() == MODEL else self.prediction.layer
+        if self.truth.layer is None:
+            return "Open or paint a labels layer as the truth first."
+        if other is None:
+            return "Open an image first."
+        return "Choose two different layers." if other is self.truth.layer else ""
 
     def _show_what_is_missing(self) -> None:
-        of_model = self.what.currentData() == MODEL
-        other = self.image.layer if of_model else self.prediction.layer
-        missing = ""
-        if self.truth.layer is None:
-            missing = "Open or paint a labels layer as the truth first."
-        elif other is None:
-            missing = "Open an image first."
-        elif other is self.truth.layer:
-            missing = "Choose two different layers."
+        if self._request is not None:
+            return
+        missing = self._missing()
         self.button.setEnabled(not missing)
         self.note.say(missing, "muted")
 
     def _show_busy(self, busy: bool) -> None:
+        self._request = None
+        self.button.setText("Evaluate")
         self.button.setEnabled(not busy)
         self.bar.setVisible(busy)
         self.bar.setRange(0, 0 if busy else 1)

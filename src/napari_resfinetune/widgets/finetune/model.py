@@ -15,6 +15,7 @@ from qtpy.QtWidgets import (
 )
 
 from napari_resfinetune.widgets.controller import Controller
+from napari_resfinetune.widgets.finetune.suggestion import Suggestion
 from napari_resfinetune.widgets.model_choice import ModelChoice
 from napari_resfinetune.widgets.parts import Rows, Words, heading
 
@@ -46,6 +47,7 @@ class ModelSection(QWidget):
         self._controller, self._draft = controller, controller.draft
         self.model = ModelChoice(controller, for_training=True, parent=self)
         self.model.combo.setToolTip("the model to start from")
+        self.suggestion = Suggestion(controller, parent=self)
         self.strategy = QComboBox()
         self.strategy.setAccessibleName("what learns")
         for kind, name, advice in STRATEGIES:
@@ -62,6 +64,7 @@ class ModelSection(QWidget):
         self._lay_out()
         self.show_config()
         self.model.value_changed.connect(lambda model: self._draft.change_config({"model": model}))
+        self.suggestion.suggested.connect(self.model.set_value)
         self.strategy.activated.connect(self._strategy_chosen)
         self.name.textEdited.connect(lambda text: setattr(self._draft, "name", text))
         self.folder.clicked.connect(self._choose_folder)
@@ -73,8 +76,9 @@ class ModelSection(QWidget):
         layout.setSpacing(4)
         layout.addWidget(heading("Model"))
         rows = Rows(layout)
-        rows.add("Start from", self.model.combo)
+        rows.add("Start from", self.model.combo, self.suggestion.button)
         rows.below(self.model.advice)
+        rows.below(self.suggestion.words)
         rows.add("What learns", self.strategy)
         rows.below(self.advice)
         rows.add("Name", self.name, self.folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from napari.viewer import Viewer
-from qtpy.QtCore import Qt
+from qtpy.QtCore import QEvent, Qt, QTimer
 from qtpy.QtGui import QShowEvent
 from qtpy.QtWidgets import QFrame, QPushButton, QScrollArea, QStackedWidget, QVBoxLayout, QWidget
 
@@ -95,6 +95,12 @@ class FinetuneWidget(QWidget):
         """Start the engine in the background once the widget is seen."""
         super().showEvent(event)
         self.controller.attach(self)
+
+    def changeEvent(self, event: QEvent | None) -> None:
+        """Ask about a training that runs when napari takes the widget out of its closed dock."""
+        super().changeEvent(event)
+        if event is not None and event.type() == QEvent.Type.ParentChange and self.parentWidget() is None:
+            QTimer.singleShot(0, self.controller.ask_after_closing_finetune)
 
     def start(self) -> None:
         """Copy the layers as they are now, and train."""
