@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from magicgui.types import FileDialogMode
 from magicgui.widgets import FileEdit
 from napari.layers import Image, Labels
 from napari.utils import DirectLabelColormap
@@ -79,8 +80,8 @@ class EvaluateWidget(QWidget):
         self.truth = LayerChoice(viewer, Labels, "truth")
         self.prediction = LayerChoice(viewer, Labels, "prediction")
         self.image = LayerChoice(viewer, Image, "image")
-        self.images_folder = FileEdit(mode="d", nullable=True, name="folder of images")
-        self.truth_folder = FileEdit(mode="d", nullable=True, name="folder of labels")
+        self.images_folder = FileEdit(mode=FileDialogMode.EXISTING_DIRECTORY, nullable=True, name="folder of images")
+        self.truth_folder = FileEdit(mode=FileDialogMode.EXISTING_DIRECTORY, nullable=True, name="folder of labels")
         self.model = ModelChoice(self.controller, for_training=False, parent=self)
         self.mode = QComboBox()
         for mode, name in MODES:
