@@ -25,7 +25,6 @@ META = {"patch_px": 256, "percentiles": [1.0, 99.0]}
 
 # bioimageio.spec leaves files open.
 pytestmark = [
-    pytest.mark.trial,
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -68,7 +67,7 @@ def test_a_package_passes_bioimageios_own_test(package: Path) -> None:
     with ValidationContext(perform_io_checks=True):
         summary = test_model(package, weight_format="pytorch_state_dict", devices=["cpu"])
     assert summary.status == "passed", summary.format()
-    described = yaml.safe_load(zipfile.ZipFile(package).read("bioimageio.yaml"))
+    described = yaml.safe_load(zipfile.ZipFile(package).read("rdf.yaml"))
     assert described["authors"] == [{"name": "A. Person"}]
 
 
@@ -127,10 +126,10 @@ Bomb.where = Path("never")
 def repack(package: Path, path: Path, content: bytes | None = None, **changes: object) -> Path:
     """Write the package anew, with other content of its weights or other entries in its description."""
     with zipfile.ZipFile(package) as old, zipfile.ZipFile(path, "w") as new:
-        described = yaml.safe_load(old.read("bioimageio.yaml"))
+        described = yaml.safe_load(old.read("rdf.yaml"))
         source = described["weights"]["pytorch_state_dict"]["source"]
         described |= changes
-        new.writestr("bioimageio.yaml", yaml.safe_dump(described))
+        new.writestr("rdf.yaml", yaml.safe_dump(described))
         new.writestr(source, content if content is not None else old.read(source))
         new.writestr("evil.py", "import os; os.mkdir('never')")
     return path
@@ -140,7 +139,7 @@ def test_a_package_never_runs_code(package: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     Bomb.where = tmp_path / "never"
     evil = {"source": "evil.py", "callable": "PackagedModel", "kwargs": {}}
-    described = yaml.safe_load(zipfile.ZipFile(package).read("bioimageio.yaml"))
+    described = yaml.safe_load(zipfile.ZipFile(package).read("rdf.yaml"))
     weights = described["weights"]
     weights["pytorch_state_dict"]["architecture"] = evil
     assert same_weights(package, repack(package, tmp_path / "code.zip", weights=weights))
@@ -160,7 +159,7 @@ def test_a_package_never_runs_code(package: Path, tmp_path: Path, monkeypatch: p
         ({"pytorch_state_dict": {"source": "../../etc/passwd"}}, "not in the package"),
         ({"pytorch_state_dict": {"source": "https://example.org/a.pt"}}, "not in the package"),
         ([], "describes no model"),
-        ({"pytorch_state_dict": {"source": "bioimageio.yaml"}}, "not a checkpoint"),
+        ({"pytorch_state_dict": {"source": "rdf.yaml"}}, "not a whole checkpoint"),
     ],
 )
 def test_packages_that_cannot_be_used(package: Path, tmp_path: Path, weights: object, said: str) -> None:

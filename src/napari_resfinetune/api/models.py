@@ -58,7 +58,8 @@ def segment(
     model
         As for `load_model`, or a loaded model.
     mode
-        "ais" uses the instance decoder, "amg" SAM's grid of points.
+        "ais" uses the instance decoder, "apg" turns what it finds into points for the mask decoder, "amg" takes SAM's
+        grid of points.
     device
         "auto", "cpu", "cuda" or "mps".
     **options
