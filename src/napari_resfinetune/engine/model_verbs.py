@@ -179,13 +179,16 @@ def _segment_plane(
 
 
 def preview(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
-    """Segment plane ``plane`` of ``image`` with a checkpoint of a run that is being trained; nothing is kept."""
+    """Segment plane ``plane`` of ``image`` with a checkpoint of a run that is being trained; nothing is kept.
+
+    It takes the instance decoder: a grid of points would take minutes, in which nothing else is segmented.
+    """
     config = make_config(request["config"])
     source = open_array(Path(request["image"]), axes=request.get("axes"))
     hardware = probe_hardware()
     device, _ = pick_device(config.resources.device, hardware)
-    model = load_model(Path(request["run_dir"]) / "checkpoints" / request["checkpoint"], decoder="none", device=device)
-    mode = "ais" if model.instance_decoder is not None else "amg"
+    checkpoint = Path(request["run_dir"]) / "checkpoints" / request["checkpoint"]
+    model = load_model(checkpoint, decoder="required", device=device)
     data = config.data
     scaling = measure_scaling(source, data.channels, data.percentiles)
     pixels = apply_scaling(to_channels(read_plane(source, request["plane"]), data.channels), scaling)
@@ -194,7 +197,7 @@ def preview(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
     on_tile = _progress(say, stop, 0, 1)
     with evaluating(model):
         embeddings = Kept().embeddings((), model, pixels, patch_px=patch_px, precision=precision, on_tile=on_tile)
-        labels = segment_embedded(model, pixels, embeddings, mode=mode, precision=precision)
+        labels = segment_embedded(model, pixels, embeddings, mode="ais", precision=precision)
     return {
         "labels": put_array(labels, Path(request["output"]), f"preview-{request['id']}"),
         "objects": int(labels.max(initial=0)),

@@ -92,9 +92,8 @@ def find_candidates(
         except ResFinetuneError as error:
             left_out.append(LeftOut(model, "; ".join(error.problems)))
     if not found:
-        wanted = [f"{each.model}: {each.reason}" for each in left_out] if asked is not None else []
         raise ModelError(
-            *(wanted or ["candidates: no model is downloaded yet"]),
+            *(f"{each.model}: {each.reason}" for each in left_out),
             "give models to compare, as in --candidates vit_b vit_b_lm runs/",
         )
     return tuple(found), tuple(left_out)
