@@ -27,8 +27,6 @@ from napari_resfinetune.experiments.manage import run_jobs
 from napari_resfinetune.experiments.report import best_epochs, best_setting, write_report
 from napari_resfinetune.experiments.results import published_rows, read_rows
 
-pytestmark = pytest.mark.trial
-
 NEED = Need(1.0, 1.0, 60.0, "cpu-8gb", "cpu", 1)
 SMALL = {
     "data.patch_px": 64, "training.input_px": 128, "training.epochs": 1, "training.samples_per_epoch": 2,
@@ -209,7 +207,7 @@ def test_a_sweep_here_from_grid_to_figures(cells, tmp_path):
     assert rows[run.name].best_epoch == 1
     files = json.loads(call("report", output, "--json").stdout)["files"]
     assert {f"scores-cpu-8gb.{kind}" for kind in ("png", "svg", "pdf", "csv")} <= {Path(file).name for file in files}
-    assert "not the folder of a sweep" in call("report", tmp_path, status=2).stderr
+    assert "not a run folder" in call("report", tmp_path, status=2).stderr
     changed = values(cells, output, modes=["point"])
     grid.write_text(yaml.safe_dump(changed))
     assert "holds a sweep with other modes" in call("sweep", grid, status=2).stderr

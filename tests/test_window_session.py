@@ -17,7 +17,7 @@ from napari_resfinetune.config import read_config
 from small_runs import weights
 
 HERE = Path(__file__).parent
-pytestmark = [pytest.mark.trial, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
