@@ -14,6 +14,7 @@ import psutil
 import pytest
 import tifffile
 
+from napari_resfinetune.config import make_config
 from napari_resfinetune.widgets.engine_client import EngineClient
 
 # Loading torch beside other work takes most of it.
@@ -69,6 +70,23 @@ def test_a_foreground_mask_is_found_and_mended(engine, cells, tmp_path):
     mended = answer(engine, "mend", code="foreground-mask", output=str(tmp_path / "out"), **pair)
     assert len(np.unique(np.load(mended["labels"]))) == 10
     assert len(np.unique(tifffile.imread(tmp_path / "c0.tif"))) == 2
+
+
+def test_models_are_ranked_and_what_cannot_be_opened_is_said(engine, cells, tmp_path):
+    (tmp_path / "broken.pt").write_bytes(b"half of a model")
+    files = [(pair["image"], pair["labels"]) for pair in pairs(cells)]
+    config = make_config({"data": {"patch_px": 64}, "training": {"input_px": 128}, "resources": {"device": "cpu"}})
+    found = answer(
+        engine,
+        "suggest",
+        images=[image for image, _ in files],
+        labels=[labels for _, labels in files],
+        candidates=[str(cells / "start.pt"), str(tmp_path / "broken.pt")],
+        config=config.model_dump(mode="json"),
+    )
+    assert found["start_from"] == str(cells / "start.pt")
+    assert [Path(each["model"]).name for each in found["left_out"]] == ["broken.pt"]
+    assert "only model that was compared" in found["advice"]
 
 
 def test_bad_requests_and_bad_files_are_said_in_words(engine, tmp_path):

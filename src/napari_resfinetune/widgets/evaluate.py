@@ -82,6 +82,8 @@ class EvaluateWidget(QWidget):
         self.image = LayerChoice(viewer, Image, "image")
         self.images_folder = FileEdit(mode=FileDialogMode.EXISTING_DIRECTORY, nullable=True, name="folder of images")
         self.truth_folder = FileEdit(mode=FileDialogMode.EXISTING_DIRECTORY, nullable=True, name="folder of labels")
+        for folder in (self.images_folder, self.truth_folder):
+            folder.choose_btn.text = "…"
         self.model = ModelChoice(self.controller, for_training=False, parent=self)
         self.mode = QComboBox()
         for mode, name in MODES:
