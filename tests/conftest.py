@@ -99,6 +99,12 @@ def dev_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture(autouse=True)
+def _keeps_its_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that trains in the test's own process would leave it, and all that it starts, nice for ever."""
+    monkeypatch.setattr("napari_resfinetune.planning.limits._give_way", lambda nice: None)
+
+
 @pytest.fixture(scope="session")
 def cells(tmp_path_factory) -> Path:
     """Folders with three small images of bright squares and their labels, and a start model."""
