@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from napari_resfinetune.data.patches import PADDING_RGB, Patch, instance_targets
 from napari_resfinetune.data.scaling import apply_scaling, measure_scaling
@@ -146,7 +146,7 @@ class Pretraining:
         remaining = range(self.step * options.batch, len(self.windows))
         loader = DataLoader(
             self.windows,
-            batch_sampler=[list(remaining[i : i + options.batch]) for i in range(0, len(remaining), options.batch)],
+            batch_sampler=BatchSampler(remaining, options.batch, drop_last=False),
             num_workers=options.workers,
             collate_fn=self._collate,
         )

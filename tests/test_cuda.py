@@ -15,8 +15,15 @@ from napari_resfinetune.events import Event, MemoryLever, Step
 from napari_resfinetune.planning import probe_hardware
 from napari_resfinetune.planning.calibration import calibration_file
 from napari_resfinetune.training.step import StepSettings, backward_samples
-from small_runs import run, weights
-from test_step import INPUT_PX, gradients, plan, sample, small_model
+from small_runs import SMALL, TRAINING, run, weights
+from test_step import (
+    INPUT_PX,
+    doubled,  # noqa: F401 - a fixture
+    gradients,
+    plan,
+    sample,
+    small_model,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,9 +34,8 @@ CARD = {"device": "cuda", "precision": "fp32"}
 
 @pytest.mark.parametrize("architecture", ["vit_t", "vit_b"])
 @pytest.mark.parametrize("step", [0, 1])
-def test_a_card_gives_the_losses_and_gradients_of_a_cpu(architecture, step, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+@pytest.mark.usefixtures("doubled")
+def test_a_card_gives_the_losses_and_gradients_of_a_cpu(architecture, step):
     model, _ = small_model(architecture, torch.float64)
     patch = sample(dtype=torch.float64)
     prompts, settings = plan(patch, step), StepSettings(input_px=INPUT_PX)
@@ -75,28 +81,20 @@ def test_a_run_of_a_card_goes_on_on_a_cpu(cells, tmp_path):
     stop = rf.StopToken()
 
     def after_one_epoch(event: Event) -> None:
-        if isinstance(event, Step) and event.step == 3:
+        if isinstance(event, Step) and (event.epoch, event.step) == (0, 1):
             stop.stop()
 
-    settings = {"data": {"patch_px": 64}, "resources": CARD}
-    training = {
-        "input_px": 128,
-        "epochs": 2,
-        "samples_per_epoch": 4,
-        "batch_size": 2,
-        "compare": False,
-        "report": False,
-    }
-    rf.train(
+    settings = {**SMALL, "resources": CARD, "training": {**TRAINING, "epochs": 2}}
+    stopped = rf.train(
         cells / "images",
         cells / "labels",
         model=cells / "start.pt",
         output=tmp_path / "run",
         on_event=after_one_epoch,
         stop=stop,
-        training=training,
         **settings,
     )
+    assert stopped.status == "stopped"
     assert rf.resume(tmp_path / "run").status == "finished"
 
 

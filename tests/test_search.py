@@ -225,7 +225,7 @@ def test_a_pilot_settles_a_close_call_and_times_stand_beside_those_of_finetuning
         assert times["break_even_models"] == pytest.approx(times["full"] / sum(each.seconds.values()))
         assert min(times.values()) > 0
     assert (tmp_path / "out" / "times.png").is_file()
-    assert "times.png" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "searching takes longer than training" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left == {"features", "pictures", "report.html", "scores.json", "search.json", "times.png"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from qtpy.QtCore import QObject, Signal
@@ -59,8 +60,7 @@ class Suggestion(QObject):
             return
         pairs = self._controller.draft.pairs
         layers = [layer for pair in pairs for layer in pair.layers]
-        self._request = -1
-        self._show_button()
+        self.button.setEnabled(False)
         self.words.say("Copying the layers…", "muted")
 
         def exported(files: Any) -> None:
@@ -85,6 +85,7 @@ class Suggestion(QObject):
             candidates=self._candidates(),
             config=draft.config.model_dump(mode="json"),
         )
+        self._show_button()
 
     def _candidates(self) -> list[str]:
         own = [str(entry.path) for entry in own_models(self._controller.draft.runs_folder)[:MOST_OWN_MODELS]]
@@ -126,4 +127,4 @@ class Suggestion(QObject):
 
 
 def _short(model: str) -> str:
-    return model.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return Path(model).name
