@@ -7,6 +7,8 @@ READY_DEV := $(VENV)/.ready-dev
 INPUTS := pyproject.toml constraints.txt scripts/setup.sh
 SETUP := bash scripts/setup.sh
 
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-slurm check format pictures constraints clean
 

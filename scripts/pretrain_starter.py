@@ -30,7 +30,7 @@ from napari_resfinetune.data.patches import PADDING_RGB, Patch, instance_targets
 from napari_resfinetune.data.scaling import apply_scaling, measure_scaling
 from napari_resfinetune.data.sources import open_array
 from napari_resfinetune.data.synthetic import MODALITIES, make_sample
-from napari_resfinetune.models import SamModel, measure_batch_norm, to_model_input
+from napari_resfinetune.models import SamModel, load_model, measure_batch_norm, to_model_input
 from napari_resfinetune.models.build import new_model
 from napari_resfinetune.models.instance_decoder import run_instance_decoder
 from napari_resfinetune.planning import choose_precision, pick_device, probe_hardware
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--workers", type=int, default=0, help="processes that draw windows")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--start", type=Path, help="packed weights to begin with, instead of random ones")
     parser.add_argument("--pack", type=Path, help="write the average as 16-bit safetensors to this file, and stop")
     options = parser.parse_args()
     if options.threads:
@@ -126,14 +127,17 @@ class Pretraining:
         )
         self.device = torch.device(device)
         self.windows = Windows(options.window_px, (MOST_STEPS if options.minutes else options.steps) * options.batch)
-        self.model = new_model("vit_t", seed=0, device=self.device)
+        if options.start:
+            self.model = load_model(options.start, device=self.device)
+        else:
+            self.model = new_model("vit_t", seed=0, device=self.device)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
         self.optimizer = AdamW(self.model.parameters(), lr=options.learning_rate, weight_decay=0.02, fused=True)
         self.step, self.seconds, self.state = 0, 0.0, options.folder / "state.pt"
         options.folder.mkdir(parents=True, exist_ok=True)
         if self.state.is_file():
             self._load()
-        else:
+        elif not options.start:
             patches = (self.windows[i].image[None].to(self.device) for i in range(PATCHES_TO_MEASURE))
             measure_batch_norm(
                 self.model.sam.image_encoder, (to_model_input(patch, options.window_px)[0] for patch in patches)

@@ -87,7 +87,8 @@ make_env() {
   if pinned .venv/bin/python; then constraints=(--constraints constraints.txt)
   else say "constraints.txt is for Python 3.11 on Linux (x86_64); taking the newest versions that fit"
   fi
-  $tools/bin/uv pip install --python .venv/bin/python "${constraints[@]}" --editable ".[$extras]"
+  # Compiled once here, not by every process of every test where the environment forbids to keep bytecode.
+  $tools/bin/uv pip install --compile-bytecode --python .venv/bin/python "${constraints[@]}" --editable ".[$extras]"
 }
 
 install_libraries() {

@@ -43,6 +43,10 @@ class MemoryGauge:
         self.device = device
         self.limit_gb = limit_gb
         self._seen_gb = 0.0
+        if device.startswith("cuda"):
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(device)  # an earlier run in this process is not this run's peak
 
     def read(self) -> MemoryReading:
         """Return what is taken now and was at most, as far as the system or earlier readings know."""
