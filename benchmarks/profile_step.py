@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from step import make_patch, make_settings
+from step import PATCH_PX, make_patch, make_settings
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--model", default="vit_b", choices=("vit_t", "vit_b", "vit_l", "vit_h"))
     parser.add_argument("--objects", type=int, default=10)
     parser.add_argument("--sub-iterations", type=int, default=8)
-    parser.add_argument("--iterations", type=int, default=3, help="the first is not counted")
+    parser.add_argument(
+        "--iterations", type=int, default=5, help="the first is not timed, nor the last, which counts operations"
+    )
     parser.add_argument("--levers", default="", help="as for benchmarks/step.py")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--part", choices=PARTS[:3], default="mask-decoder", help="the part that --ops looks into")
@@ -52,10 +54,16 @@ def main() -> None:
 
 def profile(options: argparse.Namespace) -> None:
     """Time the parts of a few steps."""
-    settings, _ = make_settings(options.levers, options.device)
+    settings, targets, _ = make_settings(options.levers, options.device)
+    if targets != "both" or {"alternating", "no-cache"} & set(options.levers.split(",")):
+        raise SystemExit(
+            "levers: a profile is of both decoders in one step, nothing frozen; leave out targets, "
+            "alternating and no-cache"
+        )
     model = load_model(f"random:{options.model}", decoder="new", device=options.device)
     model.train()
-    patch = make_patch(options.objects)
+    part = settings.input_px if settings.positions == "part" else 1024
+    patch = make_patch(options.objects, PATCH_PX * part // 1024)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     clock = _Clock(options.device)
     for iteration in range(options.iterations):
@@ -82,7 +90,7 @@ def _one_step(
 ) -> None:
     with _operators("image-encoder", looked_at, operators):
         with clock("image-encoder", "forward"):
-            embedding, input_size = training_step._encode(model, [patch], settings)
+            embedding, input_size = training_step.encode_patches(model, [patch], settings)
         leaf = embedding.detach().requires_grad_()
     with _operators("instance-decoder", looked_at, operators):
         with clock("instance-decoder", "forward"):

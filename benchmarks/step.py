@@ -87,17 +87,19 @@ def run_ours(options: argparse.Namespace) -> tuple[list[float], float]:
 
     from napari_resfinetune.models import apply_strategy, load_model
     from napari_resfinetune.planning import freed_memory
+    from napari_resfinetune.planning.precision import tf32_as_chosen
     from napari_resfinetune.training.feature_cache import FeatureCache, name_of_part
     from napari_resfinetune.training.prompts import plan_training_prompts
     from napari_resfinetune.training.step import backward_samples, frozen_units
 
-    settings, targets = make_settings(options.levers, options.device)
+    settings, targets, precision = make_settings(options.levers, options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     model = load_model(options.checkpoint, decoder="new", device=options.device)
     apply_strategy(model, make_strategy(options), targets)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    scaler = torch.amp.GradScaler(options.device) if precision.scaler else None
     part = settings.input_px if settings.positions == "part" else 1024
     patch = make_patch(options.objects, PATCH_PX * part // 1024)
     levers = options.levers.split(",")
@@ -109,8 +111,12 @@ def run_ours(options: argparse.Namespace) -> tuple[list[float], float]:
 
     def update(plan: Any, *, instances: bool) -> None:
         optimizer.zero_grad(set_to_none=True)
-        backward_samples(model, [patch], [plan], settings, train_instances=instances, features=features)
-        optimizer.step()
+        backward_samples(model, [patch], [plan], settings, train_instances=instances, scaler=scaler, features=features)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
 
     def one_step(step: int) -> None:
         model.train()
@@ -129,7 +135,10 @@ def run_ours(options: argparse.Namespace) -> tuple[list[float], float]:
             update(None if targets == "instances" else plan, instances=targets != "masks")
 
     seconds = []
-    with freed_memory("return" if "return-memory" in levers else "keep"):
+    with (
+        freed_memory("return" if "return-memory" in levers else "keep"),
+        tf32_as_chosen(precision, options.device),
+    ):
         for step in range(options.iterations):
             started = time.perf_counter()
             one_step(step)
@@ -146,8 +155,8 @@ def make_strategy(options: argparse.Namespace) -> Any:
     return FinetuneConfig.model_validate({"strategy": {"kind": options.strategy, **settings}}).strategy
 
 
-def make_settings(levers: str, device: str) -> tuple[Any, Any]:
-    """Return `StepSettings` and targets from comma-separated levers."""
+def make_settings(levers: str, device: str) -> tuple[Any, Any, Any]:
+    """Return `StepSettings`, targets and `PrecisionChoice` from comma-separated levers."""
     from napari_resfinetune.planning import choose_precision, probe_hardware
     from napari_resfinetune.training.step import DTYPES, StepSettings
 
@@ -157,11 +166,10 @@ def make_settings(levers: str, device: str) -> tuple[Any, Any]:
         raise SystemExit(f"levers: {', '.join(sorted(unknown))} not known; expected {', '.join(LEVERS)}")
     if "unfolded" in chosen and "input" in chosen and "stretched" not in chosen:
         raise SystemExit("levers: unfolded attention stretches a smaller input; add stretched")
-    precision = next((name for name in DTYPES if name in chosen), None)
-    if precision is None:
-        precision = choose_precision("auto", device, probe_hardware()).name
+    named = next((name for name in DTYPES if name in chosen), "auto")
+    precision = choose_precision(named, device, probe_hardware())
     settings = StepSettings(
-        autocast=DTYPES[precision],
+        autocast=DTYPES[precision.name],
         object_chunk=int(chosen["chunk"]) if "chunk" in chosen else None,
         checkpoint_encoder="checkpoint-encoder" in chosen,
         checkpoint_instance_decoder="checkpoint-instance-decoder" in chosen,
@@ -170,7 +178,7 @@ def make_settings(levers: str, device: str) -> tuple[Any, Any]:
         input_px=int(chosen.get("input", 1024)),
         positions="stretched" if "stretched" in chosen else "part",
     )
-    return settings, chosen.get("targets", "both")
+    return settings, chosen.get("targets", "both"), precision
 
 
 def run_micro_sam(options: argparse.Namespace) -> tuple[list[float], float]:

@@ -27,6 +27,8 @@ os.environ.update(
     HF_HOME=str(_SCRATCH / "huggingface"),
     HF_HUB_OFFLINE="1",
     TORCH_HOME=str(_SCRATCH / "torch"),
+    # Training sets its own number of threads; more of them than cores must not wait for each other by spinning.
+    OMP_WAIT_POLICY="PASSIVE",
     # Nobody listens there, so a child process that tries to download fails at once.
     HTTP_PROXY="http://127.0.0.1:9",
     HTTPS_PROXY="http://127.0.0.1:9",

@@ -10,6 +10,7 @@ import torch
 from segment_anything.modeling.image_encoder import Attention, ImageEncoderViT
 from torch import Tensor, nn
 
+from napari_resfinetune.models import attention as attention_module
 from napari_resfinetune.models.attention import vit_attention
 from napari_resfinetune.models.encoder import encode, encoder_units, first_that_learns, run_units
 from napari_resfinetune.models.tiny_vit import TinyViTEncoder
@@ -43,7 +44,7 @@ def _run(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> t
     module.zero_grad(set_to_none=True)
     x = x.clone().requires_grad_()
     y = forward(x)
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
     (y * weights).sum().backward()
     gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     assert x.grad is not None
@@ -57,9 +58,18 @@ def _assert_equal(ours: tuple[Tensor, Gradients], theirs: tuple[Tensor, Gradient
         assert (ours[1][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-6, name
 
 
+# As on the grids of real inputs, which are larger than those here: in chunks on a CPU, fused on a card.
+WAYS = {"few tokens": {}, "in chunks": {"FEW_TOKENS": 0}, "fused": {"FEW_TOKENS": 0, "DEVICES_IN_CHUNKS": frozenset()}}
+
+
 @pytest.mark.parametrize("grid", [(8, 8), (6, 10)])
 @pytest.mark.parametrize("relative", [True, False])
-def test_folded_attention_equals_the_module(grid: tuple[int, int], relative: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_folded_attention_equals_the_module(
+    grid: tuple[int, int], relative: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"QUERIES_AT_ONCE": 10, **WAYS[way]}.items():
+        monkeypatch.setattr(attention_module, name, value)
     torch.manual_seed(0)
     attention = Attention(64, num_heads=4, use_rel_pos=relative, input_size=grid)
     _randomize(attention)
@@ -95,7 +105,7 @@ def _encode(encoder: nn.Module, x: Tensor, checkpoint_units: bool = False, **how
 def test_the_units_in_a_row_are_the_encoder(
     make: Callable[[], nn.Module], folded: bool, checkpoint_units: bool
 ) -> None:
-    encoder, x = make(), torch.randn(1, 3, 128, 128)
+    encoder, x = make().double(), torch.randn(1, 3, 128, 128, dtype=torch.float64)
     ours = _run(encoder, lambda x: _encode(encoder, x, checkpoint_units, folded=folded), x)
     _assert_equal(ours, _run(encoder, encoder, x))
 

@@ -46,9 +46,7 @@ def _upstream(decoder: MaskDecoder, encoder: PromptEncoder, masks: Tensor | None
     return forward
 
 
-def _ours(
-    decoder: MaskDecoder, encoder: PromptEncoder, masks: Tensor | None, multimask: bool, recompute: bool = False
-) -> Forward:
+def _ours(decoder: MaskDecoder, encoder: PromptEncoder, masks: Tensor | None, multimask: bool) -> Forward:
     def forward(embedding: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
         pe = encoder.get_dense_pe()
         return predict_masks(
@@ -59,7 +57,6 @@ def _ours(
             sparse,
             mask_prompt_logits=masks,
             multimask=multimask,
-            recompute_upscaling=recompute,
         )
 
     return forward
@@ -100,7 +97,7 @@ def test_outputs_and_gradients_equal_upstream(
     embedding = torch.randn(1, 256, GRID, GRID, dtype=torch.float64, requires_grad=not frozen)
     sparse = torch.randn(objects, 3, 256, dtype=torch.float64)
     theirs = _run(modules, _upstream(decoder, encoder, masks, multimask), embedding, sparse)
-    ours = _run(modules, _ours(decoder, encoder, masks, multimask, recompute=frozen), embedding, sparse)
+    ours = _run(modules, _ours(decoder, encoder, masks, multimask), embedding, sparse)
     for y, expected in zip(ours[0], theirs[0], strict=True):
         assert y.shape == expected.shape
         assert _relative(y, expected) < 1e-9

@@ -151,7 +151,7 @@ def test_a_dry_run_leaves_nothing_behind_that_a_real_step_would_meet():
     step_cost.__globals__["_mask_cost"].cache_clear()
     step_cost(SMALL)
     assert losses._interpolation.cache_info().currsize == 0
-    assert type(losses._interpolation(4, 16, 16, 8)) is torch.Tensor
+    assert type(losses._interpolation(4, 16, 16, 8, torch.device("cpu"), torch.float32)) is torch.Tensor
 
 
 def test_plan_from_python_needs_neither_a_download_nor_data():

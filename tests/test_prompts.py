@@ -49,6 +49,16 @@ def test_even_steps_start_with_a_point_in_each_object_and_odd_steps_with_its_box
     assert (grown[:, :2] <= 0).all() and (grown[:, 2:] >= 0).all() and grown.abs().max() <= 1
 
 
+def test_an_object_that_fills_the_patch_has_no_point_outside_it():
+    labels = torch.ones(32, 32, dtype=torch.int32)
+    masks = plan(labels, 0).masks
+    _, kinds = next_points(torch.zeros_like(masks), masks, torch.rand(1, 2))
+    assert kinds.tolist() == [[1, -1]]
+    for index in (2, 3):
+        first = plan_validation_prompts(labels, np.random.default_rng(0), index=index, objects=1).first
+        assert first.point_labels is not None and 0 not in first.point_labels
+
+
 def test_objects_are_drawn_without_repeats_and_the_same_seed_draws_the_same():
     labels = labels_of(12)
     first, again, other = plan(labels, 0, 5), plan(labels, 0, 5), plan(labels, 0, 5, seed=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from napari_resfinetune.events import Event, Failed, MemoryLever, Started, Step
 from napari_resfinetune.planning import probe_hardware
 from napari_resfinetune.planning.calibration import calibration_file
 from napari_resfinetune.training import loop
+from napari_resfinetune.training.survival import go_back, remember
 from small_runs import SMALL, TRAINING, run, weights
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
@@ -105,6 +107,31 @@ def test_the_optimizer_survives_half_made_moments(cells, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     assert run(cells, tmp_path / "run", training={"epochs": 1}).status == "finished"
+
+
+def test_a_step_that_ran_out_in_16_bit_is_not_scaled_twice_when_it_is_tried_again(monkeypatch):
+    """A fused optimizer is given the scale as an attribute, which a step that fails leaves behind."""
+    model = rf.load_model("random:vit_t", decoder="none")
+    parameter = model.sam.mask_decoder.iou_token.weight
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before, start = remember(model, scaler), parameter.detach().clone()
+
+    def attempt(scaler: torch.amp.GradScaler) -> None:
+        scaler.scale(1e-5 * parameter.sum()).backward()
+        scaler.step(optimizer)
+
+    real = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: (_ for _ in ()).throw(CPU))
+    optimizer.step = functools.partial(torch.optim.AdamW.step, optimizer)
+    with pytest.raises(RuntimeError):
+        attempt(scaler)
+    monkeypatch.setattr(torch.optim.AdamW, "step", real)
+    optimizer.step = functools.partial(real, optimizer)
+    again = go_back(before, model, optimizer, scaler)
+    assert again is not None and torch.equal(parameter, start)
+    attempt(again)
+    torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], torch.full_like(parameter, 1e-6))
 
 
 def test_fewer_objects_are_the_last_thing_and_are_said_to_change_training(cells, tmp_path, monkeypatch):

@@ -243,7 +243,7 @@ class ResourcesConfig(_Frozen):
     micro_batch: PositiveInt = Field(
         1,
         description="patches of a step that go through the image encoder at once; faster on a large card, takes more "
-        "memory, same result",
+        "memory, same result; always 1 with strategy.dropout",
     )
     object_chunk: PositiveInt | None = Field(
         None, description="objects sent through the mask decoder at once; changes memory, not the result"

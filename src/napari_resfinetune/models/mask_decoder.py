@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from napari_resfinetune.errors import ModelError
 
@@ -57,7 +56,6 @@ def predict_masks(
     *,
     mask_prompt_logits: Tensor | None = None,
     multimask: bool = False,
-    recompute_upscaling: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Predict masks for the objects of one image, or of several when each object brings its own embedding.
 
@@ -76,8 +74,6 @@ def predict_masks(
         "N1YX" at four times the size of the embedding, the mask prompts of all objects; None for no mask prompts.
     multimask
         Three candidates per object instead of one.
-    recompute_upscaling
-        Keep nothing of the upscaling for the backward pass and compute it again there: about half of the activations.
 
     Returns
     -------
@@ -106,7 +102,7 @@ def predict_masks(
         wanted = slice(1, None) if multimask else slice(0, 1)
         iou = _mlp(queries[:, 0], mask_decoder.iou_prediction_head.layers, dtype)[:, wanted].to(_wide(dtype))
         weights = _hypernetworks(mask_decoder, queries[:, 1 : 1 + mask_decoder.num_mask_tokens], dtype)[:, wanted]
-        masks = _all_masks(mask_decoder.output_upscaling, keys, weights, recompute_upscaling)
+        masks = _all_masks(mask_decoder.output_upscaling, keys, weights)
         return _raster_order(masks, height, width).to(_wide(dtype)), iou
 
 
@@ -324,16 +320,11 @@ def _hypernetworks(mask_decoder: Any, tokens: Tensor, dtype: torch.dtype) -> Ten
     return x.transpose(0, 1)
 
 
-def _all_masks(upscaling: nn.Sequential, keys: Tensor, weights: Tensor, recompute: bool) -> Tensor:
+def _all_masks(upscaling: nn.Sequential, keys: Tensor, weights: Tensor) -> Tensor:
     # Object by object the upscaled pixels stay in a CPU's cache; a GPU wants few, large kernels.
     step = 1 if keys.device.type == "cpu" else len(weights)
-    parts: list[Tensor] = []
-    for k, w in zip(torch.split(keys, step), torch.split(weights, step), strict=True):
-        if recompute and torch.is_grad_enabled():
-            parts.append(checkpoint(_masks, upscaling, k, w, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(_masks(upscaling, k, w))
-    return torch.cat(parts)
+    parts = zip(torch.split(keys, step), torch.split(weights, step), strict=True)
+    return torch.cat([_masks(upscaling, k, w) for k, w in parts])
 
 
 def _masks(upscaling: Any, keys: Tensor, weights: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -37,6 +39,24 @@ class PrecisionChoice:
     scaler: bool
     reason: str
     tf32: bool = False
+
+
+@contextlib.contextmanager
+def tf32_as_chosen(choice: PrecisionChoice, device: str) -> Iterator[None]:
+    """Let a card round products of fp32 as was chosen, and restore what the process did before."""
+    if not device.startswith("cuda"):
+        yield
+        return
+    import torch
+
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if choice.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = choice.tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def choose_precision(requested: str, device: str, hardware: Hardware) -> PrecisionChoice:

@@ -300,15 +300,17 @@ class Trainer:
     def _give_up(self, reason: str) -> OutOfMemory:
         free()
         where = f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}"
+        saved = "the run is saved as it stood"
         try:
             if self._between_steps:
                 self._save("latest")
-            saved = (
-                "the run is saved as it stood; with more memory: "
-                f"resfinetune resume {self.job.run.path} --set resources.memory_gb=N"
-            )
+            else:
+                saved = "it was in the middle of a step; its last checkpoint stays"
         except (ResFinetuneError, MemoryError):
             saved = "there was no memory left to save it; its last checkpoint stays"
+        if find_checkpoint(self.job.run.latest) is None:
+            saved = "nothing is saved yet"
+        saved += f"; with more memory: resfinetune resume {self.job.run.path} --set resources.memory_gb=N"
         left = "nothing is left to make the step smaller"
         if self.job.config.resources.levers == "off":
             left = "resources.levers is off, so nothing is switched on to save memory"

@@ -181,22 +181,21 @@ def _wide(x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _interpolation(low: int, input_px: int, kept: int, size: int) -> Tensor:
-    """One axis of the way from mask to image as a matrix (size, low), float32 on the CPU."""
+def _interpolation(low: int, input_px: int, kept: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One axis of the way from mask to image as a matrix (size, low); kept on the device, or a card would wait."""
     with torch.no_grad():
         unit = torch.eye(low).unsqueeze(0)
         enlarged = F.interpolate(unit, size=input_px, mode="linear", align_corners=False)
         resized = F.interpolate(enlarged[..., :kept], size=size, mode="linear", align_corners=False)
-    return resized[0].t().contiguous()
+    return resized[0].t().contiguous().to(device, dtype)
 
 
 def _upsampling(
     low_res: Tensor, input_size: tuple[int, int], original_size: tuple[int, int], input_px: int
 ) -> _Matrices:
     axes = zip(low_res.shape[-2:], input_size, original_size, strict=True)
-    matrices = [_interpolation(low, input_px, int(kept), int(size)) for low, kept, size in axes]
-    dtype = _wide(low_res).dtype
-    return _Matrices(*(matrix.to(low_res.device, dtype) for matrix in matrices))
+    where = low_res.device, _wide(low_res).dtype
+    return _Matrices(*(_interpolation(low, input_px, int(kept), int(size), *where) for low, kept, size in axes))
 
 
 def _upsample(masks: Tensor, matrices: _Matrices | None) -> Tensor:

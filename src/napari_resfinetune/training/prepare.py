@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -188,12 +187,13 @@ def choose_setup(config: FinetuneConfig, hardware: Hardware) -> Setup:
     kind = device.partition(":")[0]
     if preset.device != kind:
         notes = (*notes, f"preset {preset.name} is for {preset.device}, and this runs on {kind}: its RAM limit counts")
+    limits = choose_limits(config.resources, preset, hardware, device)
     return Setup(
         preset=preset.name,
         device=device,
         precision=choose_precision(config.resources.precision, device, hardware),
-        workers=_workers(config, device),
-        limits=choose_limits(config.resources, preset, hardware, device),
+        workers=_workers(config, device, min(limits.threads, hardware.logical_cores)),
+        limits=limits,
         notes=tuple(notes),
     )
 
@@ -239,7 +239,8 @@ def work_of(config: FinetuneConfig, architecture: str, device: str, precision: s
         objects=training.objects or objects_of("cpu-16gb", architecture),
         sub_iterations=training.sub_iterations,
         batch_size=training.batch_size,
-        micro_batch=min(resources.micro_batch, training.batch_size),
+        # Dropout is seeded by the sample, so that neither this nor several processes change what is learned.
+        micro_batch=1 if getattr(config.strategy, "dropout", 0.0) else min(resources.micro_batch, training.batch_size),
         object_chunk=resources.object_chunk,
         checkpoint_encoder=resources.checkpoint_encoder,
         checkpoint_instance_decoder=resources.checkpoint_instance_decoder,
@@ -281,9 +282,6 @@ def make_job(
     ModelError
         When the model cannot be loaded.
     """
-    if setup.device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high" if setup.precision.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = setup.precision.tf32
     targets = config.training.targets
     torch.manual_seed(config.training.seed)
     model = load_model(
@@ -332,10 +330,10 @@ def make_job(
     return job, report
 
 
-def _workers(config: FinetuneConfig, device: str) -> int:
+def _workers(config: FinetuneConfig, device: str, cores: int) -> int:
     """Loader processes: none where each would cost a fresh interpreter, or where the CPU does the training itself."""
     if config.resources.workers is not None:
         return config.resources.workers
     if device == "cpu" or platform.system() != "Linux":
         return 0
-    return min(4, (os.cpu_count() or 1) // 2)
+    return min(4, cores // 2)

@@ -165,7 +165,8 @@ def first_prompts(
             around = _around(masks, boxes)
             drawn += [pick(around, draws[positives + i], ~masks) for i in range(negatives)]
         points = torch.stack(drawn, 1)
-        point_labels = torch.cat([torch.ones(len(masks), positives), torch.zeros(len(masks), negatives)], 1).long()
+        outside = _label_outside(masks)[:, None].expand(-1, negatives)
+        point_labels = torch.cat([torch.ones(len(masks), positives, dtype=torch.long), outside], 1)
     prompt_boxes = None
     if with_boxes:
         size = (boxes[:, 2:] - boxes[:, :2])[:, [0, 1, 0, 1]]
@@ -193,7 +194,7 @@ def next_points(predicted: Tensor, masks: Tensor, draws: Tensor) -> tuple[Tensor
     points
         float32, (N, 2, 2), (x, y) in image pixels.
     labels
-        int64, (N, 2), 1 and 0.
+        int64, (N, 2), 1 and 0, or 1 and -1 (no point) for an object that fills the patch.
     """
     positive = pick(masks & ~predicted, draws[:, 0], masks)
     beyond = predicted & ~masks
@@ -202,8 +203,13 @@ def next_points(predicted: Tensor, masks: Tensor, draws: Tensor) -> tuple[Tensor
     beside = _filled(_boxes_of(masks), masks, CORRECTION_MARGIN_PX) & ~masks
     beyond = torch.where(needs_box[:, None, None], beside, beyond)
     negative = pick(beyond, draws[:, 1], ~masks)
-    labels = torch.tensor([1, 0], device=masks.device).expand(len(masks), 2)
+    labels = torch.stack([torch.ones_like(needs_box, dtype=torch.long), _label_outside(masks)], 1)
     return torch.stack([positive, negative], 1), labels
+
+
+def _label_outside(masks: Tensor) -> Tensor:
+    """Return the label of a point outside each object: 0, or -1 (no point) where the object fills the patch."""
+    return -masks.flatten(1).all(1).long()
 
 
 def pick(regions: Tensor, draws: Tensor, otherwise: Tensor | None = None) -> Tensor:

@@ -26,6 +26,7 @@ from napari_resfinetune.planning import (
     within_limits,
 )
 from napari_resfinetune.planning.planner import LIBRARIES_GB
+from napari_resfinetune.planning.precision import tf32_as_chosen
 from napari_resfinetune.training.checkpoints import find_checkpoint
 from napari_resfinetune.training.job import TrainingJob
 from napari_resfinetune.training.loop import Trainer
@@ -128,7 +129,10 @@ def _run_training(
     config = levered(config, plan.levers)
     foreign_gb = 0.0 if enforce else max(0.0, process_memory_gb() - LIBRARIES_GB["cpu"])
     try:
-        with within_limits(setup.limits, setup.device, hardware, enforce=enforce, workers=plan.work.workers):
+        with (
+            tf32_as_chosen(setup.precision, setup.device),
+            within_limits(setup.limits, setup.device, hardware, enforce=enforce, workers=plan.work.workers),
+        ):
             # A model that cannot be used leaves no run folder behind.
             job, learning = make_job(config, run, data, setup, location, foreign_gb)
             if not resume and ranks.is_first:

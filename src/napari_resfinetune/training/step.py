@@ -203,7 +203,7 @@ def instance_part(
             original_size,
             checkpoint=checkpointed,
         )
-    return instance_loss(prediction.float(), patch.targets[None].to(prediction.device, non_blocking=True))
+    return instance_loss(prediction, patch.targets[None].to(prediction.device, non_blocking=True))
 
 
 def mask_part(
@@ -220,8 +220,10 @@ def mask_part(
     size = (plan.masks.shape[-2], plan.masks.shape[-1])
     for start in range(0, total, chunk):
         chosen = slice(start, min(start + chunk, total))
-        masks = plan.masks[chosen].to(embedding.device)
-        prompts, draws = plan.first.rows(chosen).to(embedding.device), plan.draws[:, chosen].to(embedding.device)
+        masks, draws = (
+            part.to(embedding.device, non_blocking=True) for part in (plan.masks[chosen], plan.draws[:, chosen])
+        )
+        prompts = plan.first.rows(chosen).to(embedding.device)
         own = embedding if len(embedding) == 1 else embedding[chosen]
         mask_prompt = None
         for round_index in range(rounds):

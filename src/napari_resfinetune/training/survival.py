@@ -62,6 +62,9 @@ def go_back(before: Before, model: SamModel, optimizer: Optimizer, scaler: GradS
     # Moments are made at the first step, one by one; half-made ones would be taken for whole.
     for parameter in [p for p, state in optimizer.state.items() if "exp_avg_sq" not in state]:
         del optimizer.state[parameter]
+    # A step that runs out leaves the scale on the optimizer, and the next one would divide by it once more.
+    for name in ("grad_scale", "found_inf"):
+        vars(optimizer).pop(name, None)
     free()
     if scaler is None or before.scale is None:
         return None
