@@ -157,7 +157,7 @@ def test_alternating_is_a_step_for_the_masks_and_then_one_for_the_instances(cell
 
 
 def test_micro_batches_and_checkpointing_change_nothing_but_rounding(cells, tmp_path):
-    settings = {"epochs": 1, "samples_per_epoch": 6, "batch_size": 2}
+    settings = {"epochs": 1, "samples_per_epoch": 6, "batch_size": 2, "learning_rate": 1e-5}
     plain, other = [], []
     run(cells, tmp_path / "plain", plain, training=settings)
     resources = {
@@ -169,11 +169,14 @@ def test_micro_batches_and_checkpointing_change_nothing_but_rounding(cells, tmp_
     }
     run(cells, tmp_path / "other", other, training=settings, resources=resources)
     losses = [[event.loss for event in events if isinstance(event, Step)] for events in (plain, other)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    one, two = (weights(tmp_path / name / "checkpoints" / "latest") for name in ("plain", "other"))
-    # AdamW makes whole steps of gradients that are nothing but rounding, so a few weights may differ by that much.
-    apart = sum(int(((two[key] - value).abs() > 1e-4).sum()) for key, value in one.items() if value.is_floating_point())
-    assert apart < 1e-3 * sum(value.numel() for value in one.values())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    # AdamW makes whole steps of gradients that are nothing but rounding, so where the weights went is compared as a whole.
+    start = {f"model.{name}": value for name, value in load_model(cells / "start.pt").sam.state_dict().items()}
+    one, two = (
+        torch.cat([(found[name] - start[name]).flatten() for name in start if start[name].is_floating_point()])
+        for found in (weights(tmp_path / name / "checkpoints" / "latest") for name in ("plain", "other"))
+    )
+    assert torch.nn.functional.cosine_similarity(one, two, dim=0) > 0.99
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ class MemoryGauge:
         if device.startswith("cuda"):
             import torch
 
-            torch.cuda.reset_peak_memory_stats(device)  # an earlier run in this process is not this run's peak
+            if torch.cuda.is_initialized():  # an earlier run in this process is not this run's peak
+                torch.cuda.reset_peak_memory_stats(device)
 
     def read(self) -> MemoryReading:
         """Return what is taken now and was at most, as far as the system or earlier readings know."""
