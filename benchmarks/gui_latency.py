@@ -112,7 +112,10 @@ def main(model: str, seconds: float) -> dict[str, Any]:
     found["window_before_gb"] = gb(psutil.Process())
     widget.running.preview.setCurrentIndex(1)
     widget.start_button.click()
-    assert wait(WAIT_SECONDS, lambda: training.history.losses or not training.busy), "no step"
+    assert wait(30, lambda: training.busy), "not started"
+    wait(WAIT_SECONDS, lambda: training.history.losses or not training.busy)
+    if not training.history.losses:
+        raise SystemExit(f"no step: {training.history.problems}")
     with Latency() as busy:
         wait(seconds, lambda: not training.busy)
     found["training"] = {**busy.to_dict(), "steps": len(training.history.losses), "problems": training.history.problems}
