@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from step import PATCH_PX, make_patch, make_settings
+from step import make_patch, make_settings, patch_px_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -62,8 +62,7 @@ def profile(options: argparse.Namespace) -> None:
         )
     model = load_model(f"random:{options.model}", decoder="new", device=options.device)
     model.train()
-    part = settings.input_px if settings.positions == "part" else 1024
-    patch = make_patch(options.objects, PATCH_PX * part // 1024)
+    patch = make_patch(options.objects, patch_px_of(settings))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     clock = _Clock(options.device)
     for iteration in range(options.iterations):

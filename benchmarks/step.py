@@ -99,9 +99,8 @@ def run_ours(options: argparse.Namespace) -> tuple[list[float], float]:
     apply_strategy(model, make_strategy(options), targets)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-    scaler = torch.amp.GradScaler(options.device) if precision.scaler else None
-    part = settings.input_px if settings.positions == "part" else 1024
-    patch = make_patch(options.objects, PATCH_PX * part // 1024)
+    scaler = torch.amp.GradScaler(options.device, enabled=precision.scaler)
+    patch = make_patch(options.objects, patch_px_of(settings))
     levers = options.levers.split(",")
     features = None
     frozen = frozen_units(model, settings)
@@ -112,11 +111,8 @@ def run_ours(options: argparse.Namespace) -> tuple[list[float], float]:
     def update(plan: Any, *, instances: bool) -> None:
         optimizer.zero_grad(set_to_none=True)
         backward_samples(model, [patch], [plan], settings, train_instances=instances, scaler=scaler, features=features)
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
+        scaler.step(optimizer)
+        scaler.update()
 
     def one_step(step: int) -> None:
         model.train()
@@ -235,6 +231,11 @@ class _Repeated:
             if len(self.times) > self.count:
                 raise _Enough
         return self.sample
+
+
+def patch_px_of(settings: Any) -> int:
+    """Return the side of the patch that fills the model's input at the usual scale, or all of it when stretched."""
+    return PATCH_PX * (settings.input_px if settings.positions == "part" else 1024) // 1024
 
 
 def make_patch(objects: int, patch_px: int = PATCH_PX) -> Any:
