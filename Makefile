@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help env demo test test-slurm check format pictures constraints clean
 
 help:
-	@echo "make demo         finetune the embedded model on made-up images and compare before with after (5 to 10 minutes)"
+	@echo "make demo         finetune the embedded model on made-up images and compare before with after (about 4 minutes)"
 	@echo "make test         environment, Debian's libraries and Chromium, then the whole test suite"
 	@echo "make test-slurm   install SLURM on this Debian (needs root or sudo) and run the tests that use it"
 	@echo "make check        ruff, mypy and the docstring check"

@@ -76,10 +76,15 @@ class MaskDecoder(nn.Module):
         return masks, quality
 
 
+class SeeThroughModel(SamModel):
+    def decode_instances(self, features: torch.Tensor, input_size: Any, original_size: Any) -> torch.Tensor:
+        return self.instance_decoder(features, input_size, original_size)
+
+
 def see_through_model(decoder: bool = True, point_px: float = 40) -> SamModel:
     """Return the model; `point_px` is half the side of the square around a point, in pixels of the model's input."""
     sam = upstream.Sam(Encoder(), PromptEncoder(point_px), MaskDecoder())
-    return SamModel(sam, InstanceDecoder() if decoder else None, "vit_t", "see-through").eval()
+    return SeeThroughModel(sam, InstanceDecoder() if decoder else None, "vit_t", "see-through").eval()
 
 
 def paint(labels: np.ndarray) -> np.ndarray:

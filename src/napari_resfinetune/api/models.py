@@ -96,6 +96,7 @@ def segment_many(
     """
     from napari_resfinetune.data.pairs import check_channels, find_images
     from napari_resfinetune.inference import check_mode, segment_source
+    from napari_resfinetune.planning import kept_where_there_is_room
 
     check_mode(mode)
     sources = find_images(images, image_key=options.pop("image_key", None), axes=options.pop("axes", None))
@@ -103,8 +104,9 @@ def segment_many(
     loaded = _loaded(model, [mode], device)
     settings = inference_settings(loaded, device, options) | linking
     check_channels(sources, settings["channels"])
-    for source in sources:
-        yield source.name, segment_source(loaded, source, mode=mode, **settings)
+    with kept_where_there_is_room():
+        for source in sources:
+            yield source.name, segment_source(loaded, source, mode=mode, **settings)
 
 
 def segment_files(
@@ -149,6 +151,7 @@ def segment_files(
     from napari_resfinetune.data.pairs import check_channels, find_images
     from napari_resfinetune.inference import check_mode, label_paths
     from napari_resfinetune.inference import segment_files as segment_sources
+    from napari_resfinetune.planning import kept_where_there_is_room
     from napari_resfinetune.training.run_folder import check_writable
 
     check_mode(mode)
@@ -160,7 +163,8 @@ def segment_files(
     settings = inference_settings(loaded, device, options) | linking
     check_channels(sources, settings["channels"])
     how: dict[str, Any] = {"form": format, "overwrite": overwrite, "on_progress": on_progress}
-    yield from segment_sources(loaded, sources, Path(output), mode=mode, **how, **settings)
+    with kept_where_there_is_room():
+        yield from segment_sources(loaded, sources, Path(output), mode=mode, **how, **settings)
 
 
 def evaluate(
@@ -206,6 +210,7 @@ def evaluate(
     from napari_resfinetune.data.doctor import check_pairs
     from napari_resfinetune.data.pairs import find_pairs
     from napari_resfinetune.evaluation import check_modes
+    from napari_resfinetune.planning import kept_where_there_is_room
 
     check_modes(modes)
     where = {name: options.pop(name, None) for name in ("image_key", "label_key", "axes")}
@@ -221,10 +226,12 @@ def evaluate(
         raise ConfigError(f"model: the list {found} ({', '.join(names)}); name one model, or several different ones")
     how: dict[str, Any] = {"modes": tuple(modes), "volumes": volumes, "on_progress": on_progress}
     evaluations = {}
-    for name, one in zip(names, models, strict=True):
-        loaded = _loaded(one, modes, device)
-        settings = inference_settings(loaded, device, options)
-        evaluations[name] = _evaluate_one(loaded, pairs, before, cache, min_object_px=min_object_px, **how, **settings)
+    how["min_object_px"] = min_object_px
+    with kept_where_there_is_room():
+        for name, one in zip(names, models, strict=True):
+            loaded = _loaded(one, modes, device)
+            settings = inference_settings(loaded, device, options)
+            evaluations[name] = _evaluate_one(loaded, pairs, before, cache, **how, **settings)
     return evaluations if isinstance(model, list | tuple) else evaluations[names[0]]
 
 

@@ -38,6 +38,7 @@ from napari_resfinetune.planning import (
     Plan,
     auto_preset,
     choose_precision,
+    kept_where_there_is_room,
     pick_device,
     preset_fits,
     probe_hardware,
@@ -137,7 +138,7 @@ def segment(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
         scaling = measure_scaling(source, settings["channels"], settings["percentiles"])
         pixels = apply_scaling(to_channels(read_plane(source, plane), settings["channels"]), scaling)
         key = (request["image"], settings["channels"], settings["percentiles"], plane)
-        with evaluating(model):
+        with evaluating(model), kept_where_there_is_room():
             on_tile = _progress(say, stop, 0, 1)
             whole = _segment_plane(model, pixels, key, mode, settings, parameters, on_tile)
     return {

@@ -29,7 +29,7 @@ from napari_resfinetune.training.feature_cache import FeatureCache, name_of_part
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 EMBEDDINGS_GB = 20.0
 SCORES = "scores"
 _PACKAGES = ("napari-resfinetune", "micro-sam", "python-elf", "torch", "scipy", "scikit-image")

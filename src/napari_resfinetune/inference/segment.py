@@ -243,7 +243,7 @@ def decode_embedded(
 def decode_window(model: SamModel, embedding: TileEmbedding, precision: torch.dtype | None) -> NDArray[np.float32]:
     """Run the instance decoder on one window: foreground, distances to centre and boundary, "CYX"."""
     with autocast(model.device, precision):
-        predicted = model.instance_decoder(embedding.features, embedding.input_size, embedding.tile.shape)
+        predicted = model.decode_instances(embedding.features, embedding.input_size, embedding.tile.shape)
     array: NDArray[np.float32] = predicted[0].float().cpu().numpy()
     return array
 

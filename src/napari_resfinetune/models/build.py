@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from napari_resfinetune.config import LoraStrategy
 from napari_resfinetune.errors import ModelError
 from napari_resfinetune.models import upstream
+from napari_resfinetune.models.instance_decoder import run_instance_decoder
 from napari_resfinetune.models.lora import merge_lora
 from napari_resfinetune.models.names import ARCHITECTURES, known_model
 from napari_resfinetune.models.resolve import ModelLocation, resolve_model
@@ -84,6 +85,10 @@ class SamModel(nn.Module):
         """Add adapters to the weights beside them, in place."""
         merge_lora(self.sam.image_encoder)
         self.lora = None
+
+    def decode_instances(self, features: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
+        """Run the instance decoder; arguments and result as of `run_instance_decoder`."""
+        return run_instance_decoder(self.instance_decoder, features, input_size, original_size)
 
     @property
     def input_px(self) -> int:

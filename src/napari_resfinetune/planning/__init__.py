@@ -1,6 +1,6 @@
 """Floor 2: what the machine has, and how a run fits into it."""
 
-from napari_resfinetune.planning.allocator import Freed, freed_memory
+from napari_resfinetune.planning.allocator import Freed, freed_memory, kept_where_there_is_room
 from napari_resfinetune.planning.calibration import learn_from_run, rates_here
 from napari_resfinetune.planning.hardware import Gpu, Hardware, environment_report, pick_device, probe_hardware
 from napari_resfinetune.planning.levers import Pulled, Work, levered, pull_lever
@@ -48,6 +48,7 @@ __all__ = [
     "what_else",
     "Freed",
     "freed_memory",
+    "kept_where_there_is_room",
     "MemoryGauge",
     "MemoryReading",
     "gpu_memory_gb",

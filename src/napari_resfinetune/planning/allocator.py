@@ -1,4 +1,4 @@
-"""What becomes of freed memory while training: kept for the next tensor, or, where it is large, given back at once.
+"""What becomes of freed memory while a model works: kept for the next tensor, or, if large, given back at once.
 
 glibc's own way is in between: with every step it learns to keep larger blocks, in a heap full of holes. Kept memory
 spares the fresh pages that the system zeroes at their first touch, and is faster; large blocks given back at once leave
@@ -13,6 +13,10 @@ import sys
 from collections.abc import Iterator
 from typing import Literal
 
+import psutil
+
+from napari_resfinetune.planning.memory import GB
+
 Freed = Literal["keep", "return"]
 
 # From malloc.h.
@@ -24,27 +28,46 @@ _SETTINGS: dict[Freed, tuple[tuple[int, int], ...]] = {
     "return": ((_M_MMAP_MAX, 65536), (_M_MMAP_THRESHOLD, _LARGE_BYTES), (_M_TRIM_THRESHOLD, 2**31 - 1)),
 }
 _DEFAULTS = ((_M_MMAP_MAX, 65536), (_M_MMAP_THRESHOLD, 2**25), (_M_TRIM_THRESHOLD, 2**26))
+# Segmenting takes up to 5 GB with memory kept.
+_ROOM_GB = 8
+# What is in force, the innermost last.
+_in_force: list[Freed] = []
 
 
 @contextlib.contextmanager
 def freed_memory(what: Freed) -> Iterator[None]:
-    """Keep or return freed memory for a while; afterwards, what is free is returned. Only glibc can be told.
+    """Keep or return freed memory for a while; after the outermost, what is free is returned. Only glibc can be told.
 
     Parameters
     ----------
     what
         ``"keep"`` is faster, ``"return"`` smaller.
     """
-    switch_freed_memory(what)
+    _in_force.append(what)
+    _set(_SETTINGS[what])
     try:
         yield
     finally:
-        _set(_DEFAULTS)
-        return_free_memory()
+        _in_force.pop()
+        if _in_force:
+            _set(_SETTINGS[_in_force[-1]])
+        else:
+            _set(_DEFAULTS)
+            return_free_memory()
+
+
+@contextlib.contextmanager
+def kept_where_there_is_room() -> Iterator[None]:
+    """Keep freed memory while a model is used: up to twice as fast, for a third more memory."""
+    roomy = psutil.virtual_memory().available > _ROOM_GB * GB
+    with freed_memory("keep") if roomy else contextlib.nullcontext():
+        yield
 
 
 def switch_freed_memory(what: Freed) -> None:
-    """Keep or return freed memory from now on."""
+    """Within `freed_memory`, do otherwise from now on."""
+    if _in_force:
+        _in_force[-1] = what
     _set(_SETTINGS[what])
 
 

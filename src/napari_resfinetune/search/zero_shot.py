@@ -18,7 +18,6 @@ from napari_resfinetune.evaluation.prompted import ObjectPrompts, prompts_from_l
 from napari_resfinetune.evaluation.scores import score
 from napari_resfinetune.inference.segment import MIN_SIZE_PX
 from napari_resfinetune.models import SamModel, resized_shape, upstream
-from napari_resfinetune.models.instance_decoder import run_instance_decoder
 from napari_resfinetune.training.losses import upsample_masks
 from napari_resfinetune.training.prompts import Prompts
 from napari_resfinetune.training.step import StepSettings, predict_round
@@ -130,7 +129,7 @@ def prompted_masks(
 def automatic(model: SamModel, embedding: Tensor, size: tuple[int, int], settings: StepSettings) -> NDArray[np.uint32]:
     """Segment a patch with the instance decoder, as mode "ais" does; objects "YX"."""
     input_size = resized_shape(size, settings.input_px)
-    maps = run_instance_decoder(model.instance_decoder, embedding, input_size, size)[0].float().cpu().numpy()
+    maps = model.decode_instances(embedding, input_size, size)[0].float().cpu().numpy()
     segmenter = upstream.InstanceSegmentationWithDecoder(upstream.SamPredictor(model.sam), model.instance_decoder)
     segmenter.set_state({"foreground": maps[0], "center_distances": maps[1], "boundary_distances": maps[2]})
     return np.asarray(segmenter.generate(min_size=MIN_SIZE_PX), np.uint32)
