@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import napari_resfinetune as rf
-from napari_resfinetune.config import read_config
+from napari_resfinetune.cli.app import app
+from napari_resfinetune.config import FinetuneConfig, read_config
 from small_runs import weights
+from window_session import TINY
 
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -71,13 +74,35 @@ def test_the_window_never_imports_torch_and_leaves_nothing_behind(session):
     assert session["engine ended"] and session["folder removed"]
 
 
-def test_the_same_run_from_python_has_the_same_configuration_and_weights(session, tmp_path):
-    """Also paused and continued: it is the same run."""
-    first = Path(session["first run"])
-    config = read_config(first / "config.yaml")
-    rf.train(config, output=tmp_path / "again", isolate=True)
-    again = read_config(tmp_path / "again" / "config.yaml")
+@pytest.fixture(scope="module")
+def first(session) -> tuple[Path, FinetuneConfig]:
+    """The first run of the window, which was paused and continued, and its configuration."""
+    folder = Path(session["first run"])
+    return folder, read_config(folder / "config.yaml")
+
+
+def check_same(run: Path, first: tuple[Path, FinetuneConfig]) -> None:
+    theirs, config = first
+    again = read_config(run / "config.yaml")
     assert again.model_copy(update={"output": None}) == config.model_copy(update={"output": None})
-    ours, theirs = (weights(run / "checkpoints" / "latest") for run in (tmp_path / "again", first))
+    ours, expected = (weights(folder / "checkpoints" / "latest") for folder in (run, theirs))
     for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
+        assert torch.equal(value, expected[name]), name
+
+
+def test_the_same_run_from_python_has_the_same_configuration_and_weights(first, tmp_path):
+    rf.train(first[1], output=tmp_path / "again", isolate=True)
+    check_same(tmp_path / "again", first)
+
+
+def test_the_same_run_from_the_command_has_the_same_configuration_and_weights(first, tmp_path):
+    data = first[1].data
+    command = ["train", "--model", first[1].model, "--output", str(tmp_path / "again")]
+    command += [part for file in data.images for part in ("--images", file)]
+    command += [part for file in data.labels for part in ("--labels", file)]
+    for section, settings in TINY.items():
+        for name, value in settings.items():
+            command += ["--set", f"{section}.{name}={value}"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    check_same(tmp_path / "again", first)
