@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,16 @@ def answer(engine: EngineClient, verb: str, **request: Any) -> dict[str, Any]:
 def pairs(cells: Path) -> list[dict[str, Any]]:
     files = sorted((cells / "images").iterdir())
     return [{"image": str(file), "labels": str(cells / "labels" / file.name), "held_out": None} for file in files]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_a_name_that_is_no_text_gets_an_answer(engine, cells, tmp_path):
+    strange = os.fsdecode(b"\xff.tif")
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+        shutil.copy(cells / kind / "c0.tif", tmp_path / kind / strange)
+    found = answer(engine, "open_folders", images=str(tmp_path / "images"), labels=str(tmp_path / "labels"))
+    assert [pair["image"] for pair in found["pairs"]] == [str(tmp_path / "images" / strange)]
 
 
 def test_pairs_are_checked_and_split(engine, cells):

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from napari.components import ViewerModel
+from qtpy.compat import isalive
 from qtpy.QtCore import QEvent, Qt
 from qtpy.QtGui import QCloseEvent
 from qtpy.QtWidgets import QApplication, QMainWindow, QMessageBox, QPushButton
 
+from napari_resfinetune.events import Message
 from napari_resfinetune.widgets import controller as controller_module
 from napari_resfinetune.widgets.engine_status import EngineStatus
 from napari_resfinetune.widgets.finetune import FinetuneWidget
@@ -125,6 +127,84 @@ def test_painting_on_labels_has_them_checked_again(widget, viewer, qtbot):
     viewer.layers["labels 1"].paint((10, 10), 7)
     qtbot.waitUntil(lambda: sum(r["verb"] == "check" for r in widget.controller.engine.requests) > count)
     assert widget.controller.engine.sent("check")["pairs"][0]["labels"] != first
+
+
+def test_only_what_was_painted_on_is_copied_again(widget, viewer, qtbot, monkeypatch):
+    with_sample(widget, qtbot)
+    copied, engine = [], widget.controller.engine
+    export = widget.controller.exporter.export
+    monkeypatch.setattr(
+        widget.controller.exporter, "export", lambda layers, then: copied.append(layers) or export(layers, then)
+    )
+    viewer.layers["labels 1"].paint((10, 10), 7)
+    qtbot.waitUntil(lambda: bool(copied))
+    assert copied == [[viewer.layers["labels 1"]]]
+    qtbot.waitUntil(lambda: any(asked.topic == "check" for asked in engine._asked.values()))
+    engine.answer("check", checked(row(48), row(11), row(4, "held out")))
+    widget.controller.draft.change_config({"training": {"epochs": 7}})
+    qtbot.wait(400)
+    assert len(copied) == 1  # the number of epochs changes nothing about images
+    widget.controller.draft.change_config({"data": {"min_object_px": 40}})
+    qtbot.waitUntil(lambda: engine.sent("check")["data"]["min_object_px"] == 40)
+
+
+def test_what_could_not_be_looked_at_is_said_and_looked_at_again(widget, qtbot):
+    engine = widget.controller.engine
+    click(qtbot, widget.images.sample_button)
+    qtbot.waitUntil(lambda: any(request["verb"] == "check" for request in engine.requests))
+    engine.refuse("check", "the engine was killed")
+    assert widget.reason.text() == "The images could not be looked at."
+    assert not widget.start_button.isEnabled()
+    before = len(engine.requests)
+    click(qtbot, widget.images.again_button)
+    qtbot.waitUntil(lambda: any(request["verb"] == "check" for request in engine.requests[before:]))
+    engine.answer("check", checked(row(48), row(11), row(4, "held out")))
+    assert widget.start_button.isEnabled()
+
+
+def test_a_mend_finds_its_pair_though_another_was_removed(widget, viewer, qtbot, tmp_path):
+    mask = problem("error", "foreground-mask", "one id covers 40 separate objects")
+    with_sample(widget, qtbot, row(11, None), row(0, None, mask), row(4, None))
+    viewer.layers["labels 2"].scale = (0.5, 0.5)
+    item = widget.images.tree.topLevelItem(1)
+    button = widget.images.tree.itemWidget(item.child(0), 0).findChild(QPushButton)
+    click(qtbot, button)
+    assert not button.isEnabled()
+    _first, second, third = widget.controller.draft.pairs
+    widget.controller.draft.set_pairs((second, third))
+    np.save(tmp_path / "mended.npy", np.ones((256, 256), np.uint32))
+    widget.controller.engine.answer("mend", {"labels": str(tmp_path / "mended.npy"), "note": "40 objects now"})
+    mended = viewer.layers["labels 2 mended"]
+    assert [pair.labels for pair in widget.controller.draft.pairs] == [mended, third.labels]
+    assert list(mended.scale) == [0.5, 0.5]
+
+
+def test_two_clicks_start_one_run(widget, qtbot):
+    with_sample(widget, qtbot)
+    click(qtbot, widget.start_button)
+    widget.computer.planned.emit(None)  # any answer that comes while layers are copied
+    assert not widget.start_button.isEnabled()
+    widget.start()
+    qtbot.waitUntil(lambda: widget.controller.training.state is State.STARTING)
+    qtbot.wait(100)
+    assert sum(request["verb"] == "train" for request in widget.controller.engine.requests) == 1
+
+
+def test_a_plan_of_other_settings_says_nothing_about_these(widget, qtbot):
+    with_sample(widget, qtbot)
+    widget.controller.engine.answer("plan", plan(peak_gb=20.0)) if widget.controller.engine._asked else None
+    widget.controller.draft.change_config({"training": {"epochs": 7}})
+    assert widget.computer.current_plan is None
+    qtbot.waitUntil(lambda: widget.computer.time.text() == "…")
+    widget.controller.engine.answer("plan", plan())
+    assert widget.computer.time.text() == "1 h to 6 h 40 min (4 min an epoch)"
+
+
+def test_the_log_goes_on_after_its_first_lines_are_gone(widget, qtbot):
+    with_sample(widget, qtbot)
+    run_dir = train(widget, qtbot)
+    widget.controller.engine.tell(started(run_dir), *(Message(f"line {number}") for number in range(600)))
+    assert widget.running.log.toPlainText().splitlines()[-1] == "line 599"
 
 
 def test_a_click_moves_an_image_to_the_other_side_and_delete_removes_it(widget, qtbot):
@@ -310,13 +390,13 @@ def test_closing_the_widget_while_training_asks(widget, viewer, qtbot, monkeypat
     train(widget, qtbot)
     asked = []
     monkeypatch.setattr(QMessageBox, "question", lambda *args: asked.append(args) or answer)
-    controller, window = widget.controller, widget.window()
+    controller = widget.controller
     widget.setParent(None)  # as napari does with the widget of a dock that is closed
     qtbot.waitUntil(lambda: len(asked) == 1)
     assert "goes on in the background" in asked[0][2]
     wanted = State.STOPPING if answer == QMessageBox.StandardButton.Yes else State.STARTING
     qtbot.waitUntil(lambda: controller.training.state is wanted)
-    window.setCentralWidget(widget)
+    qtbot.waitUntil(lambda: not isalive(widget))  # it would go on listening to layers
 
 
 def found(*models: tuple[str, float], **changes) -> dict:

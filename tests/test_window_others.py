@@ -16,6 +16,7 @@ from qtpy.QtWidgets import QApplication, QFileDialog, QMessageBox, QPushButton, 
 from napari_resfinetune.config import FinetuneConfig, write_config
 from napari_resfinetune.widgets import controller as controller_module
 from napari_resfinetune.widgets.evaluate import EvaluateWidget
+from napari_resfinetune.widgets.finetune.running import shown_slice
 from napari_resfinetune.widgets.models import ModelsWidget
 from napari_resfinetune.widgets.samples import fluorescence_nuclei, stained_tissue
 from napari_resfinetune.widgets.segment import SegmentWidget
@@ -115,6 +116,55 @@ def test_the_result_becomes_a_training_pair_and_the_model_the_next_start(segment
     click(qtbot, segment.continue_button)
     assert opened == ["Finetune"]
     assert segment.controller.draft.config.model == segment.model.value()
+
+
+def test_another_file_can_be_chosen(segment, qtbot, tmp_path, monkeypatch):
+    def choose(parent, *args):
+        assert parent is None or isinstance(parent, QWidget)
+        return str(tmp_path / "mine.pt"), ""
+
+    monkeypatch.setattr(QFileDialog, "getOpenFileName", choose)
+    combo = segment.model.combo
+    combo.setCurrentIndex(combo.findText("Another file…"))
+    combo.activated.emit(combo.currentIndex())
+    assert segment.model.value() == str(tmp_path / "mine.pt")
+    assert combo.currentText() == "mine"
+
+
+def test_this_slice_is_the_one_that_is_shown(segment, viewer, qtbot):
+    deep = viewer.add_image(np.zeros((10, 64, 64)), name="deep", scale=(2, 1, 1), translate=(4, 0, 0))
+    viewer.add_image(np.zeros((40, 64, 64)), name="finer")
+    viewer.dims.set_point(0, 12)
+    assert shown_slice(viewer, deep) == 4
+    segment.image.set_layer(deep)
+    click(qtbot, segment.button)
+    qtbot.waitUntil(lambda: count(segment, "segment") == 1)
+    assert segment.controller.engine.sent("segment")["planes"] == [4]
+
+
+def test_cancel_also_ends_what_waits_behind_another(segment, qtbot, tmp_path):
+    click(qtbot, segment.button)
+    qtbot.waitUntil(lambda: count(segment, "segment") == 1)
+    segment.segment()  # as after a change of a parameter
+    engine = segment.controller.engine
+    qtbot.waitUntil(lambda: bool(engine._waiting))
+    click(qtbot, segment.cancel_button)
+    assert engine.sent("stop")["job"] == engine.sent("segment")["id"]
+    assert not engine._waiting
+    segmented(segment, qtbot, tmp_path)  # it was too late to stop it
+    assert segment.result is None and count(segment, "segment") == 1
+
+
+def test_a_stroke_that_is_being_painted_is_not_lost(segment, viewer, qtbot, tmp_path):
+    click(qtbot, segment.button)
+    segmented(segment, qtbot, tmp_path)
+    layer = viewer.layers["cells segmented"]
+    with layer.block_history():
+        layer.paint((50, 50), 9)
+        segment._edited = False  # napari tells of the stroke when it ends
+        segment.segment()
+        segmented(segment, qtbot, tmp_path, value=3)
+    assert layer.data[50, 50] == 9
 
 
 def test_an_error_is_said_and_leaves_the_layers(segment, viewer, qtbot):

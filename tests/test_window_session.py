@@ -45,6 +45,13 @@ def test_it_trains_pauses_and_goes_on_to_the_end(session):
     assert Path(session["first run"], "model.pt").is_file()
 
 
+def test_the_run_is_compared_and_reported(session):
+    assert {"comparison.json", "report.html"} <= set(session["files"])
+    verdict = json.loads(Path(session["first run"], "comparison.json").read_text())["verdict"]
+    headline = {"better": "Better", "worse": "Not better", "no clear difference": "No clear difference"}[verdict]
+    assert session["headline"].startswith(f"{headline}: SA50 ")
+
+
 def test_it_segments_and_follows_parameters_in_place(session):
     assert session["segment model"] == Path(session["first run"]).name
     assert session["followed in place"]

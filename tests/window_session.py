@@ -83,6 +83,7 @@ def main(cells: Path, folder: Path) -> dict[str, Any]:
     first = Path(training.history.run_dir)
     found["first"] = {**training.history.result, "state": training.state.value, "problems": training.history.problems}
     found["headline"] = finetune.outcome.headline.text()
+    found["files"] = sorted(path.name for path in first.iterdir())
 
     # Segment with it, other parameters, correct, add.
     click(finetune.outcome.buttons["correct"])
@@ -91,9 +92,10 @@ def main(cells: Path, folder: Path) -> dict[str, Any]:
     segment.image.set_layer(viewer.layers["c0"])
     click(segment.button)
     until(lambda: segment.result is not None)
-    result = segment.result
+    result, changes = segment.result, []
+    result.events.data.connect(lambda event: changes.append(event))
     segment.forms["ais"]["foreground_threshold"].value = 0.1
-    until(lambda: segment._timer.isActive() is False and not segment.bar.isVisible())
+    until(lambda: changes)
     found["followed in place"] = segment.result is result
     result.paint((20, 20), 77)
     click(segment.add_button)

@@ -279,8 +279,7 @@ def _train(
     if isolate or processes != 1:
         from napari_resfinetune.training.child import train_in_child
 
-        ending = "napari_resfinetune.reporting.ending:end_run"
-        return train_in_child(config, images, labels, processes=processes, ending=ending, **how)
+        return train_in_child(config, images, labels, processes=processes, **how)
     from napari_resfinetune.reporting.ending import end_run
     from napari_resfinetune.training.session import run_training
 

@@ -163,17 +163,16 @@ def _segment_plane(
     def embeddings() -> list[TileEmbedding]:
         return _kept.embeddings(key, model, pixels, patch_px=patch_px, precision=precision, on_tile=on_tile)
 
+    def one_by_one() -> Iterator[TileEmbedding]:
+        found = embeddings()
+        for done, embedding in enumerate(found):
+            on_tile(len(found) + done, 2 * len(found))
+            yield embedding
+
     if mode != "ais":
-        return segment_embedded(model, pixels, embeddings(), mode=mode, precision=precision, parameters=parameters)
+        return segment_embedded(model, pixels, one_by_one(), mode=mode, precision=precision, parameters=parameters)
 
     def decode() -> dict[str, NDArray[np.float32]]:
-        found = embeddings()
-
-        def one_by_one() -> Iterator[TileEmbedding]:
-            for done, embedding in enumerate(found):
-                on_tile(len(found) + done, 2 * len(found))
-                yield embedding
-
         return decode_embedded(model, pixels.shape[:2], one_by_one(), precision)
 
     return segment_maps(model, _kept.maps((*key, patch_px), decode), parameters)

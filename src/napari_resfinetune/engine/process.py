@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import logging
 import os
 import queue
 import signal
@@ -29,8 +28,6 @@ from typing import IO, Any
 from napari_resfinetune import errors
 from napari_resfinetune.errors import ResFinetuneError
 from napari_resfinetune.events import StopToken
-
-_log = logging.getLogger(__name__)
 
 Request = Mapping[str, Any]
 Say = Callable[[dict[str, Any]], None]
@@ -95,8 +92,9 @@ class Engine:
         self._asked = time.monotonic()
         verb = str(request.get("verb"))
         if verb == STOP:
-            if request["job"] in self._stops:
-                self._stops[request["job"]].stop()
+            stop = self._stops.get(request["job"])
+            if stop is not None:
+                stop.stop()
             return
         self._stops[request["id"]] = StopToken()
         lane = VERBS[verb][0] if verb in VERBS else DATA
@@ -119,12 +117,12 @@ class Engine:
             answer: dict[str, Any] = {"id": number, "result": result}
         except Exception as error:
             answer = {"id": number, **_in_words(error)}
-        del self._stops[number]
         self._asked = time.monotonic()
+        del self._stops[number]
         self._say(answer)
 
     def _say(self, message: dict[str, Any]) -> None:
-        text = json.dumps(message, ensure_ascii=False)
+        text = json.dumps(message)  # in ASCII, as names of files need not be UTF-8
         with self._writing, contextlib.suppress(OSError):  # the window is gone; the end of our input ends us
             self._out.write(text + "\n")
             self._out.flush()
@@ -144,7 +142,7 @@ def _find(verb: str) -> Verb:
 
 
 def _in_words(error: Exception) -> dict[str, Any]:
-    """Say an error as plain data; what nobody foresaw comes with its traceback, for the log."""
+    """Say an error as plain data; what nobody foresaw comes with its traceback."""
     if isinstance(error, ResFinetuneError):
         known = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
         return {"error": known.__name__, "problems": list(error.problems)}
@@ -153,7 +151,7 @@ def _in_words(error: Exception) -> dict[str, Any]:
             "error": "ResourceError",
             "problems": ["not enough memory for this; close other programs, or use a smaller model or image"],
         }
-    problem = f"unforeseen {type(error).__name__}: {error}; please report it with the log"
+    problem = f"unforeseen {type(error).__name__}: {error}; please report it with what the terminal shows"
     return {"error": "ResFinetuneError", "problems": [problem], "traceback": traceback.format_exc()}
 
 

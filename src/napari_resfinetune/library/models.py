@@ -88,7 +88,8 @@ def list_models(folder: str | Path) -> list[ModelEntry]:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; give the folder that your runs are in, as in --folder runs")
     entries = [_read(path, folder) for path in _find(folder, _DEPTH)]
-    origins = {entry.path: _origin(entry, entries) for entry in entries}
+    by_path = {entry.path.resolve(): entry for entry in entries}
+    origins = {entry.path: _origin(entry, by_path) for entry in entries}
     linked = []
     for entry in entries:
         origin = origins[entry.path]
@@ -312,18 +313,21 @@ def _in_training(path: Path) -> bool:
     return datetime.datetime.now().timestamp() - newest < _SILENT_SECONDS
 
 
-def _origin(entry: ModelEntry, entries: list[ModelEntry]) -> ModelEntry | None:
-    """Return the entry that another one was started from."""
+def _origin(entry: ModelEntry, by_path: Mapping[Path, ModelEntry]) -> ModelEntry | None:
+    """Return the entry that another one was started from; `by_path` has all entries by their resolved paths."""
     if not entry.start_model:
         return None
     start = Path(entry.start_model)
-    for other in entries:
-        if other is not entry and other.path.resolve() in (start.resolve(), *start.resolve().parents):
-            return other
+    resolved = start.resolve()
+    for place in (resolved, *resolved.parents):
+        if by_path.get(place, entry) is not entry:
+            return by_path[place]
     if start.exists() or len(start.parts) < 2:
         return None
     # The whole list may have been moved: then the folder's name still tells.
-    return next((other for other in entries if other is not entry and other.path.name in start.parts[1:]), None)
+    return next(
+        (other for other in by_path.values() if other is not entry and other.path.name in start.parts[1:]), None
+    )
 
 
 def _check_name(folder: Path, name: str, besides: ModelEntry | None = None) -> None:

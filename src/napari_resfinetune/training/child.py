@@ -34,6 +34,9 @@ STOP = "stop"
 LOOK_SECONDS = 0.1
 END_SECONDS = 60.0
 
+# Named and not imported: it stands above this floor, and is needed in the child alone.
+END_RUN = "napari_resfinetune.reporting.ending:end_run"
+
 
 def train_in_child(
     config: FinetuneConfig,
@@ -45,7 +48,6 @@ def train_in_child(
     resume: bool = False,
     keep_levers: bool = True,
     processes: int = 1,
-    ending: str | None = None,
 ) -> TrainResult:
     """Train in a process of its own, which keeps the limits and gives all memory back when it ends.
 
@@ -55,8 +57,6 @@ def train_in_child(
         As for `session.run_training`; `on_event` is called in this process and thread.
     processes
         So many share every step (`training.ranks`), on CPUs or with a card each. The first of them writes and speaks.
-    ending
-        As there, but by name, as ``"package.module:function"``: it is imported in the child alone.
 
     Raises
     ------
@@ -72,7 +72,6 @@ def train_in_child(
             "labels": _write_arrays(labels, Path(folder), "labels"),
             "resume": resume,
             "keep_levers": keep_levers,
-            "ending": ending,
         }
         children = [_begin(environment) for environment in _environments(processes)]
         child = children[0]
@@ -279,7 +278,7 @@ def main() -> None:
             resume=request["resume"],
             keep_levers=request["keep_levers"],
             enforce=True,
-            ending=None if request["ending"] is None else pkgutil.resolve_name(request["ending"]),
+            ending=pkgutil.resolve_name(END_RUN),
         )
         say({"result": result.to_dict()})
     except ResFinetuneError as error:

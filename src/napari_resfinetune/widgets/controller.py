@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
 
+import psutil
 from qtpy.compat import isalive
 from qtpy.QtCore import QEvent, QObject, QTimer, Signal
 from qtpy.QtWidgets import QApplication, QMainWindow, QMessageBox, QWidget
@@ -20,6 +23,7 @@ from napari_resfinetune.widgets.training_run import State, TrainingRun
 
 PLUGIN = "napari-resfinetune"
 SETTINGS = "window.json"
+SCRATCH = "resfinetune-window-"
 RUNS_FOLDER = Path.home() / "resfinetune"
 _controllers: dict[int, Controller] = {}
 
@@ -39,7 +43,8 @@ class Controller(QObject):
     def __init__(self, viewer: Any) -> None:
         super().__init__(QApplication.instance())
         self._viewer = weakref.ref(viewer)
-        self._folder = tempfile.TemporaryDirectory(prefix="resfinetune-window-", ignore_cleanup_errors=True)
+        _remove_what_dead_windows_left()
+        self._folder = tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-", ignore_cleanup_errors=True)
         self.folder = Path(self._folder.name)
         self.engine = EngineClient(self.folder, parent=self)
         self.exporter = Exporter(self.folder / "layers", parent=self)
@@ -78,7 +83,7 @@ class Controller(QObject):
             window.installEventFilter(self)
             window.destroyed.connect(self.close)
         if self.engine.status == "off" and not self.computer:
-            self.engine.ask("computer", owner=self, on_result=self._know_computer)
+            self.engine.start()
 
     def open(self, name: str) -> Any:
         """Open another widget of this plugin, or bring it to the front, and return it."""
@@ -160,6 +165,8 @@ class Controller(QObject):
     def _engine_changed(self, status: str) -> None:
         if status in ("off", "crashed"):
             self.computer_changed.emit()
+        elif status == "ready":  # what is free may have changed since it was last asked
+            self.engine.ask("computer", owner=self, on_result=self._know_computer)
 
 
 def controller_of(viewer: Any) -> Controller:
@@ -170,6 +177,14 @@ def controller_of(viewer: Any) -> Controller:
     if known is None or known.viewer is not viewer:
         known = _controllers[key] = Controller(viewer)
     return known
+
+
+def _remove_what_dead_windows_left() -> None:
+    """Remove, in the background, the copies of layers of a napari that was killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*-*"):
+        owner = folder.name.removeprefix(SCRATCH).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            threading.Thread(target=shutil.rmtree, args=(folder, True), name="remove scratch", daemon=True).start()
 
 
 def _settings_file() -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -122,11 +122,15 @@ class Draft(QObject):
             taken = (self.runs_folder / f"{wanted}-{number}", self.runs_folder / f"{wanted}-{number}-data")
         return taken[0]
 
-    def run_config(self, files: list[tuple[str, str]], output: Path) -> tuple[FinetuneConfig, list[tuple[str, str]]]:
-        """Return the configuration of a run over these files, and what is copied to where before it.
+    def run_config(
+        self, pairs: Sequence[PairItem], files: list[tuple[str, str]], output: Path
+    ) -> tuple[FinetuneConfig, list[tuple[str, str]]]:
+        """Return the configuration of a run over these pairs, and what is copied to where before it.
 
         Parameters
         ----------
+        pairs
+            As they were when their layers were copied.
         files
             Image and labels of each pair, as they are on disk now.
         output
@@ -137,7 +141,7 @@ class Draft(QObject):
         # A run pairs files by their stems.
         stems = {(Path(image).stem, Path(labels).stem) for image, labels in files}
         unique = len({image for image, _ in stems}) == len(files) and all(image == labels for image, labels in stems)
-        for number, (pair, (image, labels)) in enumerate(zip(self.pairs, files, strict=True)):
+        for number, (pair, (image, labels)) in enumerate(zip(pairs, files, strict=True)):
             stem = f"{number + 1:03}-{Path(image).stem}"
             if pair.layers or not unique:
                 targets = [output.with_name(f"{output.name}-data") / part / stem for part in ("images", "labels")]

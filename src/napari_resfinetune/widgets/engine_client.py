@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import signal
@@ -24,12 +25,15 @@ from typing import Any
 from qtpy.compat import isalive
 from qtpy.QtCore import QObject, QTimer, Signal
 
+logger = logging.getLogger(__name__)
+
 COMMAND = ("-P", "-m", "napari_resfinetune.engine")
 # How long what a crashed engine left running may take to save, before it is ended.
 SAVE_SECONDS = 60.0
 LOOK_MS = 200
+# Topic of requests that have a process of their own, which saves when the engine crashes.
+TRAINING = "training"
 EMPTY_MS = 15
-LOG_LINES = 20
 
 OnResult = Callable[[dict[str, Any]], None]
 OnError = Callable[[list[str]], None]
@@ -142,7 +146,17 @@ class EngineClient(QObject):
         return number
 
     def stop(self, number: int) -> None:
-        """Ask a request to end early."""
+        """Ask a request to end early; one that still waits is dropped, and the older one of its topic ends."""
+        for topic, (waiting, _, _, asked) in list(self._waiting.items()):
+            if waiting == number:
+                del self._waiting[topic]
+                for older, other in self._asked.items():
+                    if other.topic == topic:
+                        other.on_result = None
+                        self._send({"verb": "stop", "job": older})
+                if _there(asked):
+                    _deliver(asked, {"error": "ResFinetuneError", "problems": ["stopped"]})
+                return
         if number in self._asked:
             self._send({"verb": "stop", "job": number})
 
@@ -165,13 +179,6 @@ class EngineClient(QObject):
         else:
             # Somebody must take its exit status, or it stays as a zombie.
             threading.Thread(target=process.wait, name="engine end", daemon=True).start()
-
-    def log_tail(self) -> str:
-        """Return the last lines that the engine logged."""
-        try:
-            return "\n".join(self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
-        except OSError:
-            return ""
 
     def _send_request(self, number: int, verb: str, request: dict[str, Any], asked: _Asked) -> None:
         self.start()
@@ -229,18 +236,17 @@ class EngineClient(QObject):
             self._set_status("off")
             return
         text = f"{_how_it_ended(code)}. Your layers are as they were; it starts again when you next use it."
-        left = _Left(process.pid)
-        if left.is_alive():
-            left.wait(self, lambda: self._report(text, asked, waiting))
-        else:
-            self._report(text, asked, waiting)
-
-    def _report(self, text: str, asked: dict[int, _Asked], waiting: dict[str, tuple[Any, ...]]) -> None:
         self._set_status("crashed")
         self.crashed.emit(text)
-        for each in [*asked.values(), *(entry[-1] for entry in waiting.values())]:
-            if _there(each):
-                _deliver(each, {"error": "ResFinetuneError", "problems": [text]})
+        unanswered = [*asked.values(), *(entry[-1] for entry in waiting.values())]
+        # A training has a child that saves what it has; only then can it be gone on with.
+        trainings = [each for each in unanswered if each.topic == TRAINING]
+        left = _Left(process.pid)
+        _tell([each for each in unanswered if each.topic != TRAINING], text)
+        if trainings and left.is_alive():
+            left.wait(self, lambda: _tell(trainings, text))
+        else:
+            _tell(trainings, text)
 
     def _set_status(self, status: str) -> None:
         self.status = status
@@ -284,7 +290,15 @@ def _there(asked: _Asked) -> bool:
     return asked.owner is None or isalive(asked.owner)
 
 
+def _tell(unanswered: list[_Asked], text: str) -> None:
+    for each in unanswered:
+        if _there(each):
+            _deliver(each, {"error": "ResFinetuneError", "problems": [text]})
+
+
 def _deliver(asked: _Asked, message: dict[str, Any]) -> None:
+    if "traceback" in message:
+        logger.error("%s", message["traceback"])
     if "result" in message:
         if asked.on_result is not None:
             asked.on_result(message["result"])

@@ -13,6 +13,7 @@ from magicgui.widgets import FileEdit
 from napari.layers import Image, Labels
 from napari.utils import DirectLabelColormap
 from napari.viewer import Viewer
+from qtpy.QtCore import QEvent, Qt
 from qtpy.QtGui import QKeySequence, QShortcut, QShowEvent
 from qtpy.QtWidgets import (
     QAbstractItemView,
@@ -33,7 +34,7 @@ from napari_resfinetune.widgets.controller import controller_of
 from napari_resfinetune.widgets.engine_status import EngineStatus
 from napari_resfinetune.widgets.layer_choice import LayerChoice
 from napari_resfinetune.widgets.model_choice import ModelChoice
-from napari_resfinetune.widgets.parts import Curve, Rows, Words
+from napari_resfinetune.widgets.parts import Curve, Rows, Words, was_closed
 
 LAYERS, MODEL, FOLDERS = "layers", "model", "folders"
 COLUMNS = ("image", "mode", "sa50", "sa75", "msa", "n_true", "n_pred")
@@ -91,6 +92,7 @@ class EvaluateWidget(QWidget):
         self.button = QPushButton("Evaluate")
         self.button.setMinimumHeight(38)
         self._request: int | None = None
+        self._busy = False
         self.bar = QProgressBar()
         self.bar.setTextVisible(False)
         self.bar.setVisible(False)
@@ -160,7 +162,8 @@ class EvaluateWidget(QWidget):
         self.copy_button.clicked.connect(self.copy)
         self.save_button.clicked.connect(self._choose_file)
         self.clear_button.clicked.connect(self._clear)
-        QShortcut(QKeySequence.StandardKey.Copy, self.table, self.copy)
+        copying = QShortcut(QKeySequence.StandardKey.Copy, self.table, self.copy)
+        copying.setContext(Qt.ShortcutContext.WidgetWithChildrenShortcut)
         for choice in (self.truth, self.prediction, self.image):
             choice.layer_changed.connect(self._show_what_is_missing)
         for folder in (self.images_folder, self.truth_folder):
@@ -171,6 +174,12 @@ class EvaluateWidget(QWidget):
         """Start the engine in the background once the widget is seen."""
         super().showEvent(event)
         self.controller.attach(self)
+
+    def changeEvent(self, event: QEvent | None) -> None:
+        """End what is under way when the widget is closed."""
+        super().changeEvent(event)
+        if was_closed(self, event) and self._request is not None:
+            self.controller.engine.stop(self._request)
 
     def _clicked(self) -> None:
         if self._request is not None:
@@ -373,14 +382,14 @@ class EvaluateWidget(QWidget):
         return "Choose two different layers." if other is self.truth.layer else ""
 
     def _show_what_is_missing(self) -> None:
-        if self._request is not None:
+        if self._busy:
             return
         missing = self._missing()
         self.button.setEnabled(not missing)
         self.note.say(missing, "muted")
 
     def _show_busy(self, busy: bool) -> None:
-        self._request = None
+        self._request, self._busy = None, busy
         self.button.setText("Evaluate")
         self.button.setEnabled(not busy)
         self.bar.setVisible(busy)

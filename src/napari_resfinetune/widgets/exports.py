@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,7 @@ from qtpy.QtCore import QObject, QTimer
 # Arrays up to this size are copied at once, so that nobody paints on them meanwhile.
 COPIED_AT_ONCE_BYTES = 256_000_000
 LOOK_MS = 10
+KEPT_FILES = 3
 Files = dict[int, str]
 
 
@@ -34,15 +37,21 @@ class Exporter(QObject):
     def __init__(self, folder: Path, parent: QObject | None = None) -> None:
         super().__init__(parent)
         self._folder = folder
-        self._known: dict[int, tuple[int, str]] = {}
+        # Of each layer the last files, with a checksum; older ones are removed, as nobody reads them any more.
+        self._known: dict[int, deque[tuple[int, Path]]] = {}
         self._closed = False
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="export layers")
-        self._waiting: list[tuple[Future[Files], Callable[[Files | Exception], None]]] = []
+        self._waiting: list[tuple[Future[Files], Callable[[Files | Exception], None], str | None]] = []
         self._timer = QTimer(self)
         self._timer.timeout.connect(self._look)
 
-    def export(self, layers: Sequence[Any], then: Callable[[Files | Exception], None]) -> None:
-        """Write layers; `then` gets the path of each by ``id(layer)``, or what went wrong, in this thread."""
+    def export(
+        self, layers: Sequence[Any], then: Callable[[Files | Exception], None], *, topic: str | None = None
+    ) -> None:
+        """Write layers; `then` gets the path of each by ``id(layer)``, or what went wrong, in this thread.
+
+        What waits under the same `topic` is superseded, and its `then` is not called.
+        """
         jobs = []
         for layer in layers:
             data = layer.data[0] if getattr(layer, "multiscale", False) else layer.data
@@ -51,7 +60,9 @@ class Exporter(QObject):
             jobs.append((id(layer), layer.name, data, axes_of(layer)))
         if self._closed:
             return
-        self._waiting.append((self._pool.submit(self._write_all, jobs), then))
+        if topic is not None:
+            self._waiting = [each for each in self._waiting if each[2] != topic or not each[0].cancel()]
+        self._waiting.append((self._pool.submit(self._write_all, jobs), then, topic))
         self._timer.start(LOOK_MS)
 
     def close(self) -> None:
@@ -62,7 +73,7 @@ class Exporter(QObject):
 
     def _look(self) -> None:
         while self._waiting and self._waiting[0][0].done():
-            future, then = self._waiting.pop(0)
+            future, then, _ = self._waiting.pop(0)
             error = future.exception()
             then(error if isinstance(error, Exception) else future.result())
         if not self._waiting:
@@ -76,10 +87,11 @@ class Exporter(QObject):
             array = array.astype(np.uint8)
         array = np.ascontiguousarray(array)
         print_ = zlib.crc32(array.view(np.uint8).reshape(-1).data, zlib.crc32(f"{name}{array.shape}{axes}".encode()))
-        known = self._known.get(number)
-        if known is not None and known[0] == print_ and Path(known[1]).is_file():
-            return known[1]
-        folder = self._folder / f"{print_:08x}"
+        known = self._known.setdefault(number, deque())
+        for there, path in known:
+            if there == print_ and path.is_file():
+                return str(path)
+        folder = self._folder / f"{number:x}-{print_:08x}"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{file_stem(name)}.tif"
         partial = folder / ".partial.tif"
@@ -92,7 +104,9 @@ class Exporter(QObject):
             bigtiff=array.nbytes > 2**31,
         )
         os.replace(partial, path)
-        self._known[number] = (print_, str(path))
+        known.append((print_, path))
+        if len(known) > KEPT_FILES:
+            shutil.rmtree(known.popleft()[1].parent, ignore_errors=True)
         return str(path)
 
 

@@ -83,7 +83,7 @@ class ModelChoice(QObject):
         model = self.combo.itemData(index)
         if model == BROWSE:
             file, _ = QFileDialog.getOpenFileName(
-                self, "A model", "", "Models (*.pt *.pth *.safetensors);;All files (*)"
+                self.combo, "A model", "", "Models (*.pt *.pth *.safetensors);;All files (*)"
             )
             self.set_value(file or self._value)
         else:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from napari.viewer import Viewer
-from qtpy.QtCore import Qt
+from qtpy.QtCore import QEvent, Qt
 from qtpy.QtGui import QKeySequence, QShortcut, QShowEvent
 from qtpy.QtWidgets import (
     QAbstractItemView,
@@ -27,7 +27,7 @@ from napari_resfinetune.errors import ConfigError
 from napari_resfinetune.library import ModelEntry, delete_model, rename_model, set_note
 from napari_resfinetune.widgets.controller import controller_of
 from napari_resfinetune.widgets.own_models import in_words, own_models, score_of
-from napari_resfinetune.widgets.parts import Words
+from napari_resfinetune.widgets.parts import Words, was_closed
 
 TITLES = ("name", "date", "SA50", "verdict")
 EMPTY = "No model yet. Finetune one, and it appears here."
@@ -72,6 +72,7 @@ class ModelsWidget(QWidget):
         for name, tip in _TIPS.items():
             self.buttons[name].setToolTip(tip)
         self._showing = False
+        self._remarked: Path | None = None
         self._lay_out()
         self._connect()
         self.refresh()
@@ -112,7 +113,9 @@ class ModelsWidget(QWidget):
         }
         for name, action in actions.items():
             self.buttons[name].clicked.connect(lambda checked=False, action=action: self._with_chosen(action))
-        QShortcut(QKeySequence.StandardKey.Delete, self.table, lambda: self._with_chosen(self._delete))
+        # Delete and Backspace mean something else in the layer list and in other widgets.
+        delete = QShortcut(QKeySequence.StandardKey.Delete, self.table, lambda: self._with_chosen(self._delete))
+        delete.setContext(Qt.ShortcutContext.WidgetWithChildrenShortcut)
 
     def showEvent(self, event: QShowEvent | None) -> None:
         """Read the folder again once the widget is seen."""
@@ -120,9 +123,15 @@ class ModelsWidget(QWidget):
         self.controller.attach(self)
         self.refresh()
 
+    def changeEvent(self, event: QEvent | None) -> None:
+        """Go when napari takes the widget out of its closed dock."""
+        super().changeEvent(event)
+        was_closed(self, event)
+
     def refresh(self) -> None:
         """Read the folder of runs."""
         self._showing = True
+        chosen = {run.path for run in self.chosen()}
         folder = self.controller.draft.runs_folder
         self.folder.setText(str(folder))
         self.runs = own_models(folder)
@@ -135,6 +144,12 @@ class ModelsWidget(QWidget):
                     item.setFlags(item.flags() & ~Qt.ItemFlag.ItemIsEditable)
                 item.setToolTip(in_words(run))
                 self.table.setItem(number, column, item)
+        # Rows move when a run is added; what was chosen stays chosen.
+        self.table.clearSelection()
+        for number, run in enumerate(self.runs):
+            if run.path in chosen:
+                for column in range(len(TITLES)):
+                    self.table.item(number, column).setSelected(True)
         self._showing = False
         self.hint.setVisible(not self.runs)
         self.table.setVisible(bool(self.runs))
@@ -146,11 +161,16 @@ class ModelsWidget(QWidget):
         return [self.runs[row] for row in rows if row < len(self.runs)]
 
     def _show_chosen(self) -> None:
+        if self._showing:
+            return
         chosen = self.chosen()
         for button in self.buttons.values():
             button.setEnabled(len(chosen) == 1)
         self.remark.setVisible(len(chosen) == 1)
-        self.remark.setText(chosen[0].note if len(chosen) == 1 else "")
+        same = [run.path for run in chosen] == [self._remarked]
+        if not (same and self.remark.isModified()):  # a note that is being typed stays
+            self.remark.setText(chosen[0].note if len(chosen) == 1 else "")
+        self._remarked = chosen[0].path if len(chosen) == 1 else None
         self.details.say("\n".join(_described(run) for run in chosen))
 
     def _with_chosen(self, action: object) -> None:
@@ -205,11 +225,21 @@ class ModelsWidget(QWidget):
     def _write_note(self) -> None:
         chosen = self.chosen()
         if len(chosen) == 1 and chosen[0].note != self.remark.text().strip():
-            set_note(self.controller.draft.runs_folder, chosen[0].name, self.remark.text())
+            try:
+                set_note(self.controller.draft.runs_folder, chosen[0].name, self.remark.text())
+                self.remark.setModified(False)
+            except ConfigError as error:
+                self.note.say(str(error), "bad")
             self.controller.models_changed.emit()
 
     def _delete(self, run: ModelEntry) -> None:
-        answer = QMessageBox.question(self, "Delete", f"Delete {run.name} and its checkpoints? This cannot be undone.")
+        answer = QMessageBox.question(
+            self,
+            "Delete",
+            f"Delete {run.name} and its checkpoints? This cannot be undone.",
+            QMessageBox.StandardButton.Yes | QMessageBox.StandardButton.No,
+            QMessageBox.StandardButton.No,
+        )
         if answer != QMessageBox.StandardButton.Yes:
             return
         try:

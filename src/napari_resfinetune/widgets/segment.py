@@ -8,7 +8,7 @@ from typing import Any
 from magicgui.widgets import Container, FloatSlider, SpinBox, Widget
 from napari.layers import Image, Labels
 from napari.viewer import Viewer
-from qtpy.QtCore import QTimer
+from qtpy.QtCore import QEvent, QTimer
 from qtpy.QtGui import QShowEvent
 from qtpy.QtWidgets import (
     QCheckBox,
@@ -24,10 +24,10 @@ from napari_resfinetune.widgets.controller import controller_of
 from napari_resfinetune.widgets.draft import PairItem
 from napari_resfinetune.widgets.engine_status import EngineStatus
 from napari_resfinetune.widgets.exports import axes_of
-from napari_resfinetune.widgets.finetune.running import show_labels
+from napari_resfinetune.widgets.finetune.running import show_labels, shown_slice
 from napari_resfinetune.widgets.layer_choice import LayerChoice
 from napari_resfinetune.widgets.model_choice import ModelChoice
-from napari_resfinetune.widgets.parts import Rows, Words
+from napari_resfinetune.widgets.parts import Rows, Words, was_closed
 from napari_resfinetune.widgets.words import counted, duration
 
 LIVE_MS = 250
@@ -160,6 +160,13 @@ class SegmentWidget(QWidget):
         super().showEvent(event)
         self.controller.attach(self)
 
+    def changeEvent(self, event: QEvent | None) -> None:
+        """End what is under way when the widget is closed; its result would come as a surprise."""
+        super().changeEvent(event)
+        if was_closed(self, event):
+            self._timer.stop()
+            self._cancel()
+
     def explain_correcting(self) -> None:
         """Show the steps of correcting and continuing."""
         self.guide.say(CORRECTING)
@@ -176,7 +183,7 @@ class SegmentWidget(QWidget):
         stack = layer.ndim > 2
         planes = None
         if stack and self.part.currentData() == "slice":
-            planes = [int(self.controller.viewer.dims.current_step[-3])]
+            planes = [shown_slice(self.controller.viewer, layer)]
 
         def exported(files: Any) -> None:
             if isinstance(files, Exception):
@@ -209,7 +216,7 @@ class SegmentWidget(QWidget):
         name = f"{image.name} segmented"
         if planes is not None:
             name += f" (slice {planes[0]})"
-        if self._edited or self.result is None or self._image is not image or self.result not in viewer.layers:
+        if self._is_edited() or self.result is None or self._image is not image or self.result not in viewer.layers:
             # What was corrected by hand is never overwritten.
             name = _free_name(viewer, name)
         else:
@@ -219,6 +226,10 @@ class SegmentWidget(QWidget):
         self.result.events.paint.connect(self._was_edited)
         self.note.say(f"{counted(answer['objects'], 'object')} in {duration(answer['seconds'])}.", "muted")
         self._show_busy(False)
+
+    def _is_edited(self) -> bool:
+        """Whether somebody has painted, or paints now: napari tells of a stroke only when it ends."""
+        return self._edited or bool(getattr(self.result, "_block_history", False))
 
     def _was_edited(self, event: Any = None) -> None:
         self._edited = True

@@ -41,8 +41,8 @@ def colours_of(viewer: Any) -> Colours:
     )
 
 
-def connect_for_life(emitter: Any, method: Any) -> None:
-    """Connect a widget's method to one of napari's emitters, until the widget is gone."""
+def connect_for_life(emitter: Any, method: Any) -> Any:
+    """Connect a widget's method to one of napari's emitters, until the widget is gone; return what was connected."""
     reference = weakref.WeakMethod(method)
 
     def call(event: Any = None) -> None:
@@ -50,9 +50,10 @@ def connect_for_life(emitter: Any, method: Any) -> None:
         if found is None or not isalive(found.__self__):
             emitter.disconnect(call)
         else:
-            found()
+            found(event)
 
     emitter.connect(call)
+    return call
 
 
 def _colour(value: Any) -> QColor:

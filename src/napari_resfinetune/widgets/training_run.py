@@ -13,7 +13,7 @@ from typing import Any
 
 from qtpy.QtCore import QObject, Signal
 
-from napari_resfinetune.widgets.engine_client import EngineClient
+from napari_resfinetune.widgets.engine_client import TRAINING, EngineClient
 
 RECENT_STEPS = 20
 LOG_LINES = 500
@@ -56,12 +56,18 @@ class History:
     limit_gb: float | None = None
     seconds_per_epoch: float | None = None
     log: deque[str] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
+    log_count: int = 0
     result: dict[str, Any] = field(default_factory=dict)
     comparison: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     resumable: bool = False
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     epoch_began: float = 0.0
+
+    def note(self, line: str) -> None:
+        """Add a line to the log, of which the last ones are kept."""
+        self.log.append(line)
+        self.log_count += 1
 
     @property
     def share_done(self) -> float:
@@ -105,12 +111,16 @@ class TrainingRun(QObject):
         return self.state in BUSY
 
     def start(self, config: dict[str, Any], copies: list[tuple[str, str]], images: int) -> None:
-        """Begin a run."""
+        """Begin a run, unless one is under way."""
+        if self.busy:
+            return
         self.history = History(run_dir=str(config["output"]), config=config, images=images)
         self._ask(config=config, copy=copies)
 
     def go_on(self, epochs: int | None = None) -> None:
-        """Continue the run exactly where it was, with a new number of epochs if given."""
+        """Continue the run exactly where it was, with a new number of epochs if given, unless one is under way."""
+        if self.busy:
+            return
         self.history.result, self.history.comparison, self.history.problems = {}, {}, []
         self._ask(run_dir=self.history.run_dir, epochs=epochs)
 
@@ -130,7 +140,13 @@ class TrainingRun(QObject):
 
     def _ask(self, **request: Any) -> None:
         self._job = self._engine.ask(
-            "train", owner=self, on_result=self._finished, on_error=self._failed, on_event=self._listen, **request
+            "train",
+            owner=self,
+            topic=TRAINING,
+            on_result=self._finished,
+            on_error=self._failed,
+            on_event=self._listen,
+            **request,
         )
         self._set(State.STARTING)
 
@@ -157,7 +173,8 @@ class TrainingRun(QObject):
         history = self.history
         history.problems = problems
         history.resumable = (Path(history.run_dir) / "checkpoints" / "latest").is_dir()
-        history.log.extend(problems)
+        for problem in problems:
+            history.note(problem)
         self._set(State.FAILED)
 
     def _listen(self, event: dict[str, Any]) -> None:
@@ -172,7 +189,7 @@ class TrainingRun(QObject):
         history.epoch, history.step, history.limit_gb = event["epoch"], event["step"], event["memory_limit_gb"]
         history.epoch_began = time.monotonic()
         share = event["trainable_parameters"] / max(1, event["total_parameters"])
-        history.log.append(f"on {event['device']} in {event['precision']}; {share:.0%} of the weights learn")
+        history.note(f"on {event['device']} in {event['precision']}; {share:.0%} of the weights learn")
         if self.state is State.STARTING:
             self._set(State.RUNNING)
 
@@ -193,7 +210,7 @@ class TrainingRun(QObject):
         history.peak_gb = event["peak_memory_gb"]
         now = time.monotonic()
         history.seconds_per_epoch, history.epoch_began = now - history.epoch_began, now
-        history.log.append(f"epoch {event['epoch'] + 1}: validation {event['metric']:.3g}")
+        history.note(f"epoch {event['epoch'] + 1}: validation {event['metric']:.3g}")
 
     def _on_checkpointed(self, event: dict[str, Any]) -> None:
         # The checkpoint of an epoch is on disk, whole, only now.
@@ -201,12 +218,10 @@ class TrainingRun(QObject):
             self.epoch_ended.emit()
 
     def _on_memorylever(self, event: dict[str, Any]) -> None:
-        self.history.log.append(
-            f"{event['lever']}: {event['before']} is {event['after']} now, because {event['reason']}"
-        )
+        self.history.note(f"{event['lever']}: {event['before']} is {event['after']} now, because {event['reason']}")
 
     def _on_message(self, event: dict[str, Any]) -> None:
-        self.history.log.append(event["text"])
+        self.history.note(event["text"])
 
     def _on_compared(self, event: dict[str, Any]) -> None:
         self.history.comparison = {name: value for name, value in event.items() if name != "event"}

@@ -15,6 +15,7 @@ from napari_resfinetune.widgets.parts import Gauge, Rows, Words, heading
 from napari_resfinetune.widgets.words import gigabytes, time_range
 
 PLAN_MS = 250
+STARTING = "The engine is starting; the prediction follows."
 PRESETS = ("cpu-8gb", "cpu-16gb", "cpu-32gb", "cpu-64gb", "gtx1080", "rtx5000", "v100", "rtx3090", "a100", "mps")
 
 # Levers in few words; what they do in full is the tooltip.
@@ -44,6 +45,7 @@ class ComputerSection(QWidget):
         super().__init__(parent)
         self._controller, self._draft = controller, controller.draft
         self.plan: dict[str, Any] | None = None
+        self._planned_for: FinetuneConfig | None = None
         self.held_out = 2
         self._timer = QTimer(self)
         self._timer.setSingleShot(True)
@@ -92,6 +94,11 @@ class ComputerSection(QWidget):
         layout.addWidget(folded)
         layout.addWidget(self.complaint)
 
+    @property
+    def current_plan(self) -> dict[str, Any] | None:
+        """The plan, if it is that of the settings as they are now."""
+        return self.plan if self._planned_for == self._draft.config else None
+
     def show_config(self) -> None:
         """Show what the draft says."""
         self.preset.setCurrentIndex(max(0, self.preset.findData(self._draft.config.resources.preset)))
@@ -131,12 +138,14 @@ class ComputerSection(QWidget):
             config=config.model_dump(mode="json"),
             held_out=self.held_out,
         )
-        self.time.say("…" if self.plan is None else self.time.text())
+        if self.current_plan is None:
+            self.time.say("…")
+            self.levers.say("Predicting what these settings take…" if self.plan else STARTING, "muted")
 
     def _planned(self, plan: dict[str, Any], config: FinetuneConfig) -> None:
         if config != self._draft.config:  # another one is on its way
             return
-        self.plan = plan
+        self.plan, self._planned_for = plan, config
         self._show_plan()
         self.planned.emit(plan)
 
@@ -152,7 +161,7 @@ class ComputerSection(QWidget):
         if plan is None:
             self.gauge.set_values(None, None)
             self.time.say("")
-            self.levers.say("The engine is starting; the prediction follows.")
+            self.levers.say(STARTING)
             return
         self.gauge.set_values(plan["peak_gb"], plan["limit_gb"])
         each = time_range(plan["seconds_per_epoch"], plan["seconds_per_epoch"])

@@ -9,6 +9,7 @@ import numpy as np
 from magicgui.types import FileDialogMode
 from magicgui.widgets import Container, FileEdit
 from napari.layers import Image, Labels
+from qtpy.compat import isalive
 from qtpy.QtCore import QEvent, QObject, QSize, Qt, QTimer, Signal
 from qtpy.QtGui import QDragEnterEvent, QDropEvent, QIcon, QImage, QKeyEvent, QPixmap
 from qtpy.QtWidgets import (
@@ -58,19 +59,27 @@ class ImagesSection(QWidget):
 
     checked = Signal(object)
     """What the engine said about the pairs: see `check` of the engine."""
+    failed = Signal()
+    """They could not be looked at: see `problem`."""
 
     def __init__(self, controller: Controller, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self._controller, self._draft = controller, controller.draft
         self.report: dict[str, Any] | None = None
+        # Why the pairs could not be looked at.
+        self.problem = ""
         self.files: list[tuple[str, str]] = []
+        # Where layers were copied to, by id, and those that were painted on since.
+        self._copies: dict[int, str] = {}
+        self._changed: set[int] = set()
+        self._checked_with: Any = None
         self.setAcceptDrops(True)
         self._timer = QTimer(self)
         self._timer.setSingleShot(True)
         self._timer.setInterval(CHECK_MS)
         self._timer.timeout.connect(self._export)
         self._build()
-        self._watched: list[Any] = []
+        self._watched: list[tuple[Any, list[Any]]] = []
         self._draft.pairs_changed.connect(self._pairs_changed)
         layers = controller.viewer.layers
         connect_for_life(layers.events.inserted, self._layers_changed)
@@ -98,6 +107,10 @@ class ImagesSection(QWidget):
         layout.addWidget(self._build_tree())
         self.note = Words(viewer, tone="muted")
         layout.addWidget(self.note)
+        self.again_button = QPushButton("Look again")
+        self.again_button.setVisible(False)
+        self.again_button.clicked.connect(self._pairs_changed)
+        layout.addWidget(self.again_button)
         layout.addLayout(self._build_adding())
 
     def _build_tree(self) -> QTreeWidget:
@@ -283,9 +296,10 @@ class ImagesSection(QWidget):
         self.segment_button.setVisible(empty and images and not labels)
         self.hint.say((NO_LABELS if images and not labels else EMPTY) if empty else "")
 
-    def _pairs_changed(self) -> None:
+    def _pairs_changed(self, *_: Any) -> None:
         self._watch_layers()
-        self.report = None
+        self.report, self.problem = None, ""
+        self.again_button.setVisible(False)
         self._show_rows()
         self._show_what_is_possible()
         self.note.say("")
@@ -293,24 +307,36 @@ class ImagesSection(QWidget):
 
     def _watch_layers(self) -> None:
         """Check again when somebody paints on labels."""
-        for layer in self._watched:
-            layer.events.data.disconnect(self._edited)
-            if isinstance(layer, Labels):
-                layer.events.paint.disconnect(self._edited)
-        self._watched = [layer for pair in self._draft.pairs for layer in pair.layers]
-        self._watched = list({id(layer): layer for layer in self._watched}.values())
-        for layer in self._watched:
-            layer.events.data.connect(self._edited)
-            if isinstance(layer, Labels):
-                layer.events.paint.connect(self._edited)
+        for layer, called in self._watched:
+            for emitter, call in zip(_edits_of(layer), called, strict=True):
+                emitter.disconnect(call)
+        layers = {id(layer): layer for pair in self._draft.pairs for layer in pair.layers}
+        # What is not watched may change unseen, or its id may become that of another layer.
+        before = {id(layer) for layer, _ in self._watched}
+        self._copies = {key: path for key, path in self._copies.items() if key in layers and key in before}
+        self._watched = [
+            (layer, [connect_for_life(emitter, self._edited) for emitter in _edits_of(layer)])
+            for layer in layers.values()
+        ]
 
     def _edited(self, event: Any = None) -> None:
+        self._changed.add(id(event.source))
         self._timer.start()
 
     def check_again(self) -> None:
-        """Check soon; settings have changed that matter."""
-        if self._draft.pairs:
+        """Check soon, if settings have changed that matter."""
+        if self._draft.pairs and self._settings() != self._checked_with:
             self._timer.start()
+
+    def _settings(self) -> tuple[Any, int]:
+        return self._draft.config.data, self._draft.config.training.seed
+
+    def _fail(self, problems: list[str]) -> None:
+        """Say why the pairs could not be looked at, and let that be tried again."""
+        self.problem = "The images could not be looked at."
+        self.note.say("\n".join(problems), "bad")
+        self.again_button.setVisible(True)
+        self.failed.emit()
 
     def _export(self) -> None:
         pairs = self._draft.pairs
@@ -318,15 +344,22 @@ class ImagesSection(QWidget):
             self._answered({"pairs": [], "problems": [], "note": "", "held_out_regions": 2})
             return
         layers = [layer for pair in pairs for layer in pair.layers]
+        # Others are as they were when they were last copied. (A start copies all of them.)
+        layers = [layer for layer in layers if id(layer) not in self._copies or id(layer) in self._changed]
+        for layer in layers:
+            self._copies.pop(id(layer), None)
+        self._changed.clear()
 
         def exported(files: Any) -> None:
-            if pairs != self._draft.pairs:
+            if not isalive(self):
                 return
             if isinstance(files, Exception):
-                self.note.say(f"The layers cannot be copied: {files}", "bad")
+                self._fail([f"The layers cannot be copied: {files}"])
                 return
-            self.files = [pair.files(files) for pair in pairs]
-            self._ask(pairs)
+            self._copies.update(files)
+            if pairs == self._draft.pairs and all(id(layer) in self._copies for p in pairs for layer in p.layers):
+                self.files = [pair.files(self._copies) for pair in pairs]
+                self._ask(pairs)
 
         self._controller.exporter.export(layers, exported)
 
@@ -335,20 +368,21 @@ class ImagesSection(QWidget):
             {"image": image, "labels": labels, "held_out": pair.held_out}
             for pair, (image, labels) in zip(pairs, self.files, strict=True)
         ]
-        config = self._draft.config
+        config, self._checked_with = self._draft.config, self._settings()
         self._controller.engine.ask(
             "check",
             owner=self,
             topic="check",
             on_result=lambda report: self._answered(report) if pairs == self._draft.pairs else None,
-            on_error=lambda problems: self.note.say("\n".join(problems), "bad"),
+            on_error=self._fail,
             pairs=asked,
             data=config.data.model_dump(mode="json"),
             seed=config.training.seed,
         )
 
     def _answered(self, report: dict[str, Any]) -> None:
-        self.report = report
+        self.report, self.problem = report, ""
+        self.again_button.setVisible(False)
         self._show_rows()
         problems = report["problems"]
         self.note.say(problems[0]["message"] if problems else report["note"], "bad" if problems else "muted")
@@ -395,37 +429,53 @@ class ImagesSection(QWidget):
         if problem["code"] in MENDABLE:
             button = QPushButton(MENDABLE[problem["code"]])
             button.setToolTip("Makes a new layer; yours stays as it is")
-            button.clicked.connect(lambda: self._mend(number, problem["code"]))
+            button.clicked.connect(lambda: self._mend(number, problem["code"], button))
             row.addWidget(button)
         child.setSizeHint(0, QSize(100, PROBLEM_PX))
         self.tree.setItemWidget(child, 0, holder)
 
-    def _mend(self, number: int, code: str) -> None:
+    def _mend(self, number: int, code: str, button: QPushButton) -> None:
         pair = self._draft.pairs[number]
         image, labels = self.files[number]
+        button.setEnabled(False)
 
         def mended(answer: dict[str, Any]) -> None:
+            if pair not in self._draft.pairs:  # it was removed meanwhile
+                return
             viewer = self._controller.viewer
             new = {"image": pair.image, "labels": pair.labels}
-            if "image" in answer:
-                new["image"] = viewer.add_image(np.load(answer["image"]), name=f"{Path(pair.image_name).stem} mended")
-            if "labels" in answer:
-                name = f"{Path(pair.labels_name).stem} mended"
-                new["labels"] = viewer.add_labels(np.load(answer["labels"]), name=name)
-            self._draft.change_pair(number, **new)
+            for name, add in (("image", viewer.add_image), ("labels", viewer.add_labels)):
+                if name in answer:
+                    made = np.load(answer[name])
+                    Path(answer[name]).unlink(missing_ok=True)
+                    old = new[name]
+                    placed = {} if isinstance(old, str) else {"scale": old.scale, "translate": old.translate}
+                    title = pair.image_name if name == "image" else pair.labels_name
+                    new[name] = add(made, name=f"{Path(title).stem} mended", **placed)
+            self._draft.change_pair(self._draft.pairs.index(pair), **new)
             self.note.say(answer["note"])
+
+        def failed(problems: list[str]) -> None:
+            self.note.say("\n".join(problems), "bad")
+            if isalive(button):
+                button.setEnabled(True)
 
         self._controller.engine.ask(
             "mend",
             owner=self,
             on_result=mended,
-            on_error=lambda problems: self.note.say("\n".join(problems), "bad"),
+            on_error=failed,
             code=code,
             image=image,
             labels=labels,
             output=str(self._controller.arrays),
             min_object_px=self._draft.config.data.min_object_px,
         )
+
+
+def _edits_of(layer: Any) -> list[Any]:
+    """Return the events that tell that a layer's pixels have changed."""
+    return [layer.events.data, *([layer.events.paint] if isinstance(layer, Labels) else [])]
 
 
 def _thumbnail(rows: list[list[int]] | None) -> QIcon:

@@ -132,13 +132,14 @@ class RunningPage(QWidget):
         return f"{history.share_done:.0%} · at most {duration(seconds)} left{early}"
 
     def _show_log(self) -> None:
-        lines = list(self._training.history.log)
-        if len(lines) < self._shown_lines:
+        history = self._training.history
+        new = history.log_count - self._shown_lines
+        if new < 0:
             self.log.clear()
-            self._shown_lines = 0
-        for line in lines[self._shown_lines :]:
+            new = history.log_count
+        for line in list(history.log)[-new:] if new else ():
             self.log.appendPlainText(line)
-        self._shown_lines = len(lines)
+        self._shown_lines = history.log_count
 
     # The preview
 
@@ -157,7 +158,7 @@ class RunningPage(QWidget):
         if layer is None or not self._training.busy:
             return
         run_dir, config = self._training.history.run_dir, self._training.history.config
-        plane = int(self._controller.viewer.dims.current_step[-3]) if layer.ndim > 2 else None
+        plane = shown_slice(self._controller.viewer, layer) if layer.ndim > 2 else None
 
         def exported(files: Any) -> None:
             if isinstance(files, Exception):
@@ -167,7 +168,7 @@ class RunningPage(QWidget):
                 owner=self,
                 topic="preview",
                 on_result=lambda answer: self._show_preview(answer, layer),
-                on_error=lambda problems: self._training.history.log.append(f"no preview: {problems[0]}"),
+                on_error=lambda problems: self._training.history.note(f"no preview: {problems[0]}"),
                 config=config,
                 run_dir=run_dir,
                 checkpoint=LATEST,
@@ -181,6 +182,13 @@ class RunningPage(QWidget):
 
     def _show_preview(self, answer: dict[str, Any], image: Any) -> None:
         show_labels(self._controller.viewer, answer["labels"], PREVIEW, image)
+
+
+def shown_slice(viewer: Any, layer: Any) -> int:
+    """Return the index of the slice of a stack that the viewer shows; layers may be scaled and moved."""
+    axis = layer.ndim - 3
+    index = round(float(layer.world_to_data(viewer.dims.point)[axis]))
+    return int(min(max(index, 0), layer.data.shape[axis] - 1))
 
 
 def show_labels(viewer: Any, file: str, name: str, image: Any) -> Any:

@@ -38,6 +38,7 @@ class Suggestion(QObject):
         super().__init__(parent)
         self._controller = controller
         self._request: int | None = None
+        self._copying = False
         self.button = QPushButton("Suggest")
         self.button.setToolTip(
             "Compares the models on this computer on your images, before any training, and chooses the best"
@@ -60,10 +61,12 @@ class Suggestion(QObject):
             return
         pairs = self._controller.draft.pairs
         layers = [layer for pair in pairs for layer in pair.layers]
-        self.button.setEnabled(False)
+        self._copying = True
+        self._show_button()
         self.words.say("Copying the layers…", "muted")
 
         def exported(files: Any) -> None:
+            self._copying = False
             if isinstance(files, Exception):
                 self._failed([f"The layers cannot be copied: {files}"])
             else:
@@ -123,7 +126,7 @@ class Suggestion(QObject):
 
     def _show_button(self) -> None:
         self.button.setText("Stop" if self.busy else "Suggest")
-        self.button.setEnabled(self.busy or bool(self._controller.draft.pairs))
+        self.button.setEnabled(not self._copying and (self.busy or bool(self._controller.draft.pairs)))
 
 
 def _short(model: str) -> str:

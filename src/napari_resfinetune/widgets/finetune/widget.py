@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from napari.viewer import Viewer
@@ -12,13 +13,14 @@ from qtpy.QtWidgets import QFrame, QPushButton, QScrollArea, QStackedWidget, QVB
 from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.errors import ConfigError
 from napari_resfinetune.widgets.controller import controller_of
+from napari_resfinetune.widgets.draft import PairItem
 from napari_resfinetune.widgets.engine_status import EngineStatus
 from napari_resfinetune.widgets.finetune.computer import ComputerSection
 from napari_resfinetune.widgets.finetune.images import ImagesSection
 from napari_resfinetune.widgets.finetune.model import ModelSection
 from napari_resfinetune.widgets.finetune.outcome import OutcomePage
 from napari_resfinetune.widgets.finetune.running import RunningPage
-from napari_resfinetune.widgets.parts import Words
+from napari_resfinetune.widgets.parts import Words, was_closed
 from napari_resfinetune.widgets.training_run import State
 
 WIDTH = 360
@@ -50,10 +52,12 @@ class FinetuneWidget(QWidget):
         self.running = RunningPage(self.controller)
         self.outcome = OutcomePage(self.controller)
         self.pages = QStackedWidget()
+        self._copying = False
         self._lay_out()
         self.start_button.clicked.connect(self.start)
         self.images.checked.connect(self._checked)
-        self.computer.planned.connect(lambda plan: self._show_start())
+        self.images.failed.connect(self._show_start)
+        self.computer.planned.connect(self._show_start)
         self._draft.pairs_changed.connect(self._show_start)
         self._draft.config_changed.connect(self.images.check_again)
         self._training.state_changed.connect(self._show_page)
@@ -99,30 +103,32 @@ class FinetuneWidget(QWidget):
     def changeEvent(self, event: QEvent | None) -> None:
         """Ask about a training that runs when napari takes the widget out of its closed dock."""
         super().changeEvent(event)
-        if event is not None and event.type() == QEvent.Type.ParentChange and self.parentWidget() is None:
+        if was_closed(self, event):
             QTimer.singleShot(0, self.controller.ask_after_closing_finetune)
 
     def start(self) -> None:
         """Copy the layers as they are now, and train."""
-        self.start_button.setEnabled(False)
-        self.reason.say("Copying the layers…", "muted")
+        if self._copying or self._training.busy:
+            return
+        self._copying = True
+        self._show_start()
         pairs = self._draft.pairs
 
         def exported(files: Any) -> None:
+            self._copying = False
+            self._show_start()
             if isinstance(files, Exception):
                 self.reason.say(f"The layers cannot be copied: {files}", "bad")
-                self.start_button.setEnabled(True)
                 return
-            self._start_with([pair.files(files) for pair in pairs])
+            self._start_with(pairs, [pair.files(files) for pair in pairs])
 
         self.controller.exporter.export([layer for pair in pairs for layer in pair.layers], exported)
 
-    def _start_with(self, files: list[tuple[str, str]]) -> None:
+    def _start_with(self, pairs: Sequence[PairItem], files: list[tuple[str, str]]) -> None:
         try:
-            config, copies = self._draft.run_config(files, self._draft.free_output())
+            config, copies = self._draft.run_config(pairs, files, self._draft.free_output())
         except ConfigError as error:
             self.reason.say(str(error), "bad")
-            self.start_button.setEnabled(True)
             return
         self._training.start(config.model_dump(mode="json"), copies, len(files))
 
@@ -130,12 +136,16 @@ class FinetuneWidget(QWidget):
         self.computer.set_held_out(report["held_out_regions"])
         self._show_start()
 
-    def _show_start(self) -> None:
+    def _show_start(self, *_: Any) -> None:
         """Let the button be pressed when that makes sense, and say what is missing when it does not."""
-        plan = self.computer.plan
+        plan = self.computer.current_plan
         missing, tone = "", "muted"
-        if not self._draft.pairs:
+        if self._copying:
+            missing = "Copying the layers…"
+        elif not self._draft.pairs:
             missing = "Next: add images."
+        elif self.images.problem:
+            missing, tone = self.images.problem, "bad"
         elif self.images.report is None:
             missing = "Looking at the images…"
         elif self.images.has_errors():
