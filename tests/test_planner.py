@@ -27,9 +27,10 @@ from napari_resfinetune.planning import (
     pull_lever,
     rates_here,
     what_else,
+    what_larger,
 )
 from napari_resfinetune.planning.calibration import calibration_file
-from napari_resfinetune.training import losses
+from napari_resfinetune.training import dry_run, losses
 from napari_resfinetune.training.dry_run import step_cost
 
 LENGTH = Length(epochs=2, steps_per_epoch=50, validation_samples=5, patches_kept=55)
@@ -120,8 +121,19 @@ def test_what_else_would_fit_is_said():
 
     said = what_else(Work("vit_b"), 10.0, LENGTH, cost, rates)
     assert [text.split(" would")[0] for text in said] == ["--strategy frozen", "an architecture vit_t model"]
-    assert "does not fit in 10.0 GB" in what_else(Work("vit_t"), 10.0, LENGTH, cost, rates, larger=True)[0]
+    assert "does not fit in 10.0 GB" in what_larger(Work("vit_t"), 10.0, LENGTH, cost, rates)[0]
     assert "nothing smaller fits" in what_else(Work("vit_t"), 1.0, LENGTH, cost, rates)[0]
+
+
+def test_one_head_stands_for_all_of_them_in_a_dry_run(monkeypatch):
+    work = Work("vit_b", patch_px=256, input_px=512, targets="instances")
+    quick = step_cost(work)
+    monkeypatch.setattr(dry_run._Count, "first_for_all", lambda self, number: range(number))
+    dry_run._encoder_cost.cache_clear()
+    whole = step_cost(work)
+    assert quick.tflop == pytest.approx(whole.tflop)
+    assert quick.activations_gb == pytest.approx(whole.activations_gb, rel=0.01)
+    dry_run._encoder_cost.cache_clear()
 
 
 def test_a_dry_run_sees_what_strategy_levers_and_objects_do():

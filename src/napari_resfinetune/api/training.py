@@ -186,7 +186,7 @@ def plan(images: Any = None, labels: Any = None, **settings: Any) -> Plan:
         held_out = 2
     else:
         held_out = len(open_data(config, images, labels).split.validation)
-    return plan_anywhere(config, hardware, architecture, length_of(config, held_out))
+    return plan_anywhere(config, hardware, architecture, length_of(config, held_out), larger=True)
 
 
 def check(images: Any = None, labels: Any = None, **settings: Any) -> CheckReport:

@@ -12,7 +12,7 @@ from napari_resfinetune.planning.memory import (
     peak_memory_gb,
     process_memory_gb,
 )
-from napari_resfinetune.planning.planner import Length, Plan, Rates, StepCost, make_plan, what_else
+from napari_resfinetune.planning.planner import Length, Plan, Rates, StepCost, make_plan, what_else, what_larger
 from napari_resfinetune.planning.precision import PrecisionChoice, choose_precision
 from napari_resfinetune.planning.presets import PRESETS, Preset, auto_preset, get_preset, preset_fits
 from napari_resfinetune.planning.report import doctor_report
@@ -46,6 +46,7 @@ __all__ = [
     "StepCost",
     "make_plan",
     "what_else",
+    "what_larger",
     "Freed",
     "freed_memory",
     "kept_where_there_is_room",

@@ -220,10 +220,22 @@ def own_memory_gb(peak_gb: float, work: Work) -> float:
     return peak_gb - sum(_foreign(work).values())
 
 
-def what_else(
-    work: Work, limit_gb: float, length: Length, cost_of: CostOf, rates_of: RatesOf, *, larger: bool = False
-) -> tuple[str, ...]:
-    """Say what would fit where the work does not, and with `larger` what a larger model would take.
+def what_larger(work: Work, limit_gb: float, length: Length, cost_of: CostOf, rates_of: RatesOf) -> tuple[str, ...]:
+    """Say what the next larger model would take; arguments are those of `what_else`."""
+    if work.architecture != "vit_t":  # larger ones than vit_b are seldom better for cells
+        return ()
+    larger = replace(work, architecture=ARCHITECTURES[ARCHITECTURES.index(work.architecture) + 1])
+    plan = make_plan(larger, limit_gb, length, cost_of, rates_of)
+    how = f" with {', '.join(pulled.lever for pulled in plan.levers)}" if plan.levers else ""
+    verdict = "fits" if plan.fits else f"does not fit in {limit_gb:.1f} GB"
+    return (
+        f"{plan.work.architecture} would take {plan.peak_gb:.1f} GB{how} and "
+        f"{plan.seconds_per_epoch / work_seconds(work, length, cost_of, rates_of):.1f} times the time: {verdict}",
+    )
+
+
+def what_else(work: Work, limit_gb: float, length: Length, cost_of: CostOf, rates_of: RatesOf) -> tuple[str, ...]:
+    """Say what would fit where the work does not.
 
     Parameters
     ----------
@@ -231,20 +243,8 @@ def what_else(
         Without levers, as it was asked for.
     limit_gb, length, cost_of, rates_of
         As for `make_plan`.
-    larger
-        Look at the next larger model instead of smaller work.
     """
     position = ARCHITECTURES.index(work.architecture)
-    if larger:
-        if work.architecture != "vit_t":  # larger ones than vit_b are seldom better for cells
-            return ()
-        plan = make_plan(replace(work, architecture=ARCHITECTURES[position + 1]), limit_gb, length, cost_of, rates_of)
-        how = f" with {', '.join(pulled.lever for pulled in plan.levers)}" if plan.levers else ""
-        verdict = "fits" if plan.fits else f"does not fit in {limit_gb:.1f} GB"
-        return (
-            f"{plan.work.architecture} would take {plan.peak_gb:.1f} GB{how} and "
-            f"{plan.seconds_per_epoch / work_seconds(work, length, cost_of, rates_of):.1f} times the time: {verdict}",
-        )
     smaller = [
         (f"--strategy {kind}", replace(work, strategy=strategy, keep_features=True)) for kind, strategy in _LIGHT
     ]

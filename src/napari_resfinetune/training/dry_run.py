@@ -183,6 +183,7 @@ def _dry(work: Work) -> Iterator[tuple[SamModel, StepSettings, _Count]]:
                 DEVICES_IN_CHUNKS=frozenset({"cpu"} if work.device == "cpu" else ()),
                 # Hardly more memory and a quarter of the operations to go through.
                 QUERIES_AT_ONCE=4 * attention_code.QUERIES_AT_ONCE,
+                _heads=count.first_for_all,
             ),
             patch.object(
                 # What is thought of must not stay in the cache of what is computed.
@@ -225,6 +226,12 @@ class _Count(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = self.flop = 0
         self._known: dict[int, weakref.ref[Any]] = {}
+
+    def first_for_all(self, number: int) -> Iterator[int]:
+        """Go through the first of many that cost the same and need their memory one after the other."""
+        before = self.flop
+        yield 0
+        self.flop += (number - 1) * (self.flop - before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

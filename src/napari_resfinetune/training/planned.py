@@ -24,6 +24,7 @@ from napari_resfinetune.planning import (
     pick_device,
     rates_here,
     what_else,
+    what_larger,
 )
 from napari_resfinetune.training.dry_run import step_cost
 from napari_resfinetune.training.prepare import Setup, choose_setup, with_objects, work_of
@@ -69,8 +70,13 @@ def plan_run(config: FinetuneConfig, setup: Setup, hardware: Hardware, architect
     return _plan(config, work, setup.limits.deciding_gb(setup.device), length, _rates(setup, hardware))
 
 
-def plan_anywhere(config: FinetuneConfig, hardware: Hardware, architecture: str, length: Length) -> Plan:
-    """Plan a run under its preset's limits, which may be those of another computer than this one."""
+def plan_anywhere(
+    config: FinetuneConfig, hardware: Hardware, architecture: str, length: Length, *, larger: bool = False
+) -> Plan:
+    """Plan a run under its preset's limits, which may be those of another computer than this one.
+
+    With `larger` its advice also says what a larger model would take, which takes as long again to find out.
+    """
     if config.resources.preset != "auto":
         preset = get_preset(config.resources.preset)
         if not _is_here(preset, config, hardware):
@@ -81,7 +87,11 @@ def plan_anywhere(config: FinetuneConfig, hardware: Hardware, architecture: str,
     setup = choose_setup(config, hardware)
     config = with_objects(config, setup.preset, architecture)
     plan = plan_run(config, setup, hardware, architecture, length)
-    return replace(plan, advice=(*plan.advice, *_larger(config, setup, hardware, plan, length)))
+    if not larger or not plan.fits:
+        return plan
+    work = work_of(config, architecture, setup.device, setup.precision.name, setup.workers)
+    said = what_larger(work, plan.limit_gb, length, step_cost, _rates(setup, hardware))
+    return replace(plan, advice=(*plan.advice, *said))
 
 
 def _is_here(preset: Preset, config: FinetuneConfig, hardware: Hardware) -> bool:
@@ -102,14 +112,6 @@ def _plan_elsewhere(config: FinetuneConfig, preset: Preset, architecture: str, l
     plan = _plan(config, work, limit_gb, length, lambda _: Rates(preset.tflops or SOME_CPU_TFLOPS))
     rough = f"no such device here: times are guesses from what a {preset.name} is known to reach"
     return replace(plan, advice=(*plan.advice, rough))
-
-
-def _larger(config: FinetuneConfig, setup: Setup, hardware: Hardware, plan: Plan, length: Length) -> tuple[str, ...]:
-    """Say what a larger model would take, where this one fits."""
-    if not plan.fits:
-        return ()
-    work = work_of(config, plan.work.architecture, setup.device, setup.precision.name, setup.workers)
-    return what_else(work, plan.limit_gb, length, step_cost, _rates(setup, hardware), larger=True)
 
 
 def _rates(setup: Setup, hardware: Hardware) -> Callable[[Work], Rates]:
