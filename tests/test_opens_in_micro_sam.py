@@ -101,19 +101,24 @@ def test_its_command(folder: Path, ours: np.ndarray) -> None:
     check(imageio.imread(folder / "found.tif"), ours)
 
 
-ANNOTATOR = """
+BEGIN = """
 import importlib.util
 if importlib.util.find_spec("triton"):  # before OpenGL, see docs/use-in-micro-sam.md
     import triton, torch._dynamo
 import sys
 import imageio.v3 as imageio
 import numpy as np
-from micro_sam.sam_annotator import annotator_2d
+from micro_sam.sam_annotator import annotator_2d, annotator_3d, image_series_annotator
 from micro_sam.sam_annotator._state import AnnotatorState
 
-viewer = annotator_2d(
-    imageio.imread("cells.tif"), model_type="vit_b", checkpoint_path="exported.pt", device="cpu", return_viewer=True
-)
+image, model = imageio.imread("cells.tif"), {"model_type": "vit_b", "checkpoint_path": "exported.pt", "device": "cpu"}
+"""
+END = """
+assert "napari_resfinetune" not in sys.modules
+viewer.close()
+"""
+ANNOTATOR_2D = """
+viewer = annotator_2d(image, return_viewer=True, **model)
 widgets = AnnotatorState().widgets
 assert widgets["autosegment"].with_decoder
 widgets["autosegment"].run_button.click()
@@ -121,14 +126,52 @@ np.save("annotator.npy", viewer.layers["auto_segmentation"].data)
 viewer.layers["point_prompts"].add(np.array([[24, 24]]))
 widgets["segment"](viewer)
 np.save("object.npy", viewer.layers["current_object"].data)
-assert "napari_resfinetune" not in sys.modules
-viewer.close()
 """
+ANNOTATOR_3D = """
+viewer = annotator_3d(np.stack([np.zeros_like(image), image]), return_viewer=True, **model)
+viewer.dims.set_current_step(0, 1)
+widget = AnnotatorState().widgets["autosegment"]
+assert widget.with_decoder and widget.volumetric
+widget.run_button.click()
+np.save("volume.npy", viewer.layers["auto_segmentation"].data)
+"""
+SERIES = """
+imageio.imwrite("a.tif", image)
+imageio.imwrite("b.tif", image[::-1])
+viewer = image_series_annotator(["a.tif", "b.tif"], "annotations", return_viewer=True, **model)
+widgets = AnnotatorState().widgets
+widgets["autosegment"].run_button.click()
+widgets["commit"](viewer, layer="auto_segmentation")
+next(dock for name, dock in viewer.window.dock_widgets.items() if hasattr(dock, "call_button"))()  # to the next image
+assert (viewer.layers["image"].data == image[::-1]).all()
+widgets["autosegment"].run_button.click()
+np.save("second.npy", viewer.layers["auto_segmentation"].data)
+"""
+xvfb = pytest.mark.skipif(sys.platform != "linux", reason="the screen that needs no monitor, Xvfb, is Linux's")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the screen that needs no monitor, Xvfb, is Linux's")
-def test_its_annotator(folder: Path, ours: np.ndarray) -> None:
-    (folder / "annotate.py").write_text(ANNOTATOR)
+def annotate(folder: Path, script: str) -> None:
+    (folder / "annotate.py").write_text(BEGIN + script + END)
     run_elsewhere(folder, sys.executable, "annotate.py")
+
+
+@xvfb
+def test_its_annotator(folder: Path, ours: np.ndarray) -> None:
+    annotate(folder, ANNOTATOR_2D)
     check(np.load(folder / "annotator.npy"), ours)
     assert np.load(folder / "object.npy").shape == (SIDE, SIDE)
+
+
+@xvfb
+def test_its_annotator_of_volumes(folder: Path, ours: np.ndarray) -> None:
+    annotate(folder, ANNOTATOR_3D)
+    volume = np.load(folder / "volume.npy")
+    assert volume.shape == (2, SIDE, SIDE)
+    check(volume[1], ours)
+
+
+@xvfb
+def test_its_annotator_of_series(folder: Path, ours: np.ndarray) -> None:
+    annotate(folder, SERIES)
+    check(imageio.imread(folder / "annotations" / "a.tif"), ours)
+    assert np.load(folder / "second.npy").any()
