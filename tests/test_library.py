@@ -17,6 +17,7 @@ from napari_resfinetune import library
 from napari_resfinetune.cli.app import app
 from napari_resfinetune.config import make_config, write_config
 from napari_resfinetune.errors import ConfigError, ModelError
+from napari_resfinetune.training.run_folder import COPIES_MARK
 
 FINISHED = {"event": "Finished", "status": "early_stopped", "best_epoch": 1}
 STARTED = {"event": "Started", "epoch": 0}
@@ -114,6 +115,16 @@ def test_delete_takes_real_models_of_this_list_only(runs: Path, tmp_path: Path) 
     library.delete_model(runs, "second")
     assert not (runs / "second").exists()
     assert not any(path.name.startswith(".deleted") for path in runs.iterdir())
+
+
+def test_copies_of_layers_go_with_their_run_and_nobody_elses_data_do(runs: Path) -> None:
+    for name in ("first", "second"):
+        (runs / f"{name}-data" / "images").mkdir(parents=True)
+    (runs / "first-data" / COPIES_MARK).touch()  # as the window's engine leaves it
+    library.delete_model(runs, "first")
+    library.delete_model(runs, "second")
+    assert not (runs / "first-data").exists()
+    assert (runs / "second-data" / "images").is_dir()
 
 
 def test_a_model_in_training_is_not_deleted(runs: Path) -> None:

@@ -129,6 +129,42 @@ def test_painting_on_labels_has_them_checked_again(widget, viewer, qtbot):
     assert widget.controller.engine.sent("check")["pairs"][0]["labels"] != first
 
 
+def test_all_layers_are_paired_by_name_and_what_is_left_out_is_said(widget, viewer, qtbot):
+    for name in ("unlabelled", "well_B02", "well_C03"):
+        viewer.add_image(np.zeros((64, 64)), name=name)
+    for name in ("well_B02 labels", "well_C03 labels"):
+        viewer.add_labels(np.ones((64, 64), int), name=name)
+    click(qtbot, widget.images.add_all_button)
+    pairs = widget.controller.draft.pairs
+    assert [(pair.image.name, pair.labels.name) for pair in pairs] == [
+        ("well_B02", "well_B02 labels"),
+        ("well_C03", "well_C03 labels"),
+    ]
+    qtbot.waitUntil(lambda: any(request["verb"] == "check" for request in widget.controller.engine.requests))
+    widget.controller.engine.answer("check", checked(row(1), row(1, "held out")))
+    assert "Left out: unlabelled" in widget.images.note.text()
+    viewer.layers["well_B02"].name = "renamed"
+    assert widget.images.image_combo.findText("renamed") >= 0
+    assert widget.images.tree.topLevelItem(0).text(0).startswith("renamed")
+
+
+def test_layers_that_cannot_be_paired_are_said(widget, viewer, qtbot):
+    viewer.add_image(np.zeros((64, 64)), name="cells")
+    viewer.add_labels(np.ones((32, 32), int), name="labels")
+    click(qtbot, widget.images.add_all_button)
+    assert widget.images.note.text() == "Left out: cells, without labels of its size."
+    click(qtbot, widget.images.add_button)
+    assert "none has its size" in widget.images.note.text()
+
+
+def test_a_long_path_does_not_widen_the_window(widget, qtbot):
+    before = widget.minimumSizeHint().width()
+    path = "/".join(["a_folder_with_a_long_name"] * 12)
+    widget.reason.say(path)
+    assert widget.reason.text() == path
+    assert widget.minimumSizeHint().width() == before
+
+
 def test_only_what_was_painted_on_is_copied_again(widget, viewer, qtbot, monkeypatch):
     with_sample(widget, qtbot)
     copied, engine = [], widget.controller.engine

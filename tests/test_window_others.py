@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,33 @@ def test_this_slice_is_the_one_that_is_shown(segment, viewer, qtbot):
     click(qtbot, segment.button)
     qtbot.waitUntil(lambda: count(segment, "segment") == 1)
     assert segment.controller.engine.sent("segment")["planes"] == [4]
+
+
+def test_each_slice_has_a_result_of_its_own(segment, viewer, qtbot, tmp_path):
+    deep = viewer.add_image(np.zeros((4, 64, 64)), name="deep")
+    segment.image.set_layer(deep)
+    for index in (0, 3):
+        viewer.dims.set_current_step(0, index)
+        click(qtbot, segment.button)
+        qtbot.waitUntil(lambda index=index: count(segment, "segment") == 1 + index // 3)
+        segmented(segment, qtbot, tmp_path, value=index + 1)
+    assert viewer.layers["deep segmented (slice 0)"].data.max() == 1
+    assert viewer.layers["deep segmented (slice 3)"].data.max() == 4
+
+
+def test_messages_name_layers_and_not_their_copies(segment, viewer, qtbot):
+    click(qtbot, segment.button)
+    qtbot.waitUntil(lambda: count(segment, "segment") == 1)
+    engine = segment.controller.engine
+    engine.refuse("segment", f"{engine.sent('segment')['image']}: cannot be used")
+    assert segment.note.text() == "cells: cannot be used"
+
+
+def test_a_model_that_was_deleted_is_not_chosen_any_more(segment, runs):
+    segment.model.set_value(str(runs / "first"))
+    shutil.rmtree(runs / "first")
+    segment.controller.models_changed.emit()
+    assert segment.model.value() == str(runs / "second")
 
 
 def test_cancel_also_ends_what_waits_behind_another(segment, qtbot, tmp_path):
@@ -312,6 +340,22 @@ def test_models_are_listed_renamed_noted_and_deleted(models, runs, qtbot, monkey
     assert (runs / "first").is_dir()  # a name is no folder
     click(qtbot, models.buttons["delete"])
     assert not (runs / "first").exists() and [run.name for run in models.runs] == ["second"]
+
+
+def test_a_run_without_a_model_yet_can_be_gone_on_with(models, runs, qtbot, monkeypatch):
+    early = runs / "early"
+    (early / "checkpoints" / "latest").mkdir(parents=True)
+    write_config(FinetuneConfig(model="vit_b_lm"), early / "config.yaml")
+    (early / "events.jsonl").write_text(json.dumps({"event": "Finished", "status": "stopped"}) + "\n")
+    models.refresh()
+    models.table.selectRow([run.name for run in models.runs].index("early"))
+    assert not models.buttons["segment"].isEnabled()
+    opened = []
+    monkeypatch.setattr(models.controller, "open", opened.append)
+    click(qtbot, models.buttons["resume"])
+    assert opened == ["Finetune"]
+    assert models.controller.engine.sent("train")["run_dir"] == str(early)
+    assert not models.buttons["resume"].isEnabled()  # one training at a time
 
 
 def test_models_are_exported_and_imported_by_the_engine(models, runs, qtbot, tmp_path, monkeypatch):

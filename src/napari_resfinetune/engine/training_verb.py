@@ -10,7 +10,7 @@ from napari_resfinetune.config import FinetuneConfig, make_config
 from napari_resfinetune.engine.process import Request, Say
 from napari_resfinetune.events import StopToken
 from napari_resfinetune.training.child import train_in_child
-from napari_resfinetune.training.run_folder import check_output, open_run
+from napari_resfinetune.training.run_folder import COPIES_MARK, check_output, open_run
 
 
 def train(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
@@ -29,6 +29,7 @@ def train(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
             shutil.copytree(source, target)
         else:
             shutil.copyfile(source, target)
+        (Path(target).parents[1] / COPIES_MARK).touch()
     return _train(config, say, stop, resume=False)
 
 

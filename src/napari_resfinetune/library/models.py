@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from napari_resfinetune.config import read_config
 from napari_resfinetune.errors import ConfigError
-from napari_resfinetune.training.run_folder import RunFolder, check_writable
+from napari_resfinetune.training.run_folder import COPIES_MARK, RunFolder, check_writable
 
 RECORD = "library.json"
 LOCK = ".resfinetune.lock"
@@ -146,7 +146,7 @@ def set_note(folder: str | Path, name: str, note: str) -> ModelEntry:
 
 
 def delete_model(folder: str | Path, name: str) -> Path:
-    """Delete the folder of a model, with all that is in it.
+    """Delete the folder of a model, with all that is in it, and the copies of layers that the window put beside it.
 
     Returns
     -------
@@ -173,6 +173,9 @@ def delete_model(folder: str | Path, name: str) -> Path:
         try:
             os.replace(path, gone)
             shutil.rmtree(gone)
+            copies = path.with_name(f"{path.name}-data")
+            if (copies / COPIES_MARK).is_file():
+                shutil.rmtree(copies)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be deleted ({error.strerror or error})") from None
     return path

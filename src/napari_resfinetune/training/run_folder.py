@@ -15,6 +15,8 @@ from napari_resfinetune.config import FinetuneConfig, read_config, write_config
 from napari_resfinetune.errors import ConfigError, ResourceError
 from napari_resfinetune.events import EpochEnded, Event
 
+# In a folder of copies of layers, which belong to the run beside it and go with it.
+COPIES_MARK = ".copies-of-layers"
 METRICS = (
     "epoch",
     "train_loss",

@@ -287,7 +287,9 @@ class EvaluateWidget(QWidget):
     def _failed(self, problems: list[str]) -> None:
         self._show_busy(False)
         stopped = problems == ["stopped"]
-        self.note.say("Stopped." if stopped else "\n".join(problems), "muted" if stopped else "bad")
+        said = "Stopped." if stopped else self.controller.exporter.in_words("\n".join(problems))
+        self.legend.say("")
+        self.note.say(said, "muted" if stopped else "bad")
 
     # The table
 

@@ -65,6 +65,14 @@ class Exporter(QObject):
         self._waiting.append((self._pool.submit(self._write_all, jobs), then, topic))
         self._timer.start(LOOK_MS)
 
+    def in_words(self, text: str) -> str:
+        """Return a message of the engine with names of layers in place of those of their copies."""
+        for kept in self._known.values():
+            for _, path in kept:
+                for named in (str(path), f"{path.parent.name}/{path.name}"):
+                    text = text.replace(named, path.stem)
+        return text
+
     def close(self) -> None:
         """Take no more work."""
         self._closed = True

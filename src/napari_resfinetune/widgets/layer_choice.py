@@ -33,6 +33,7 @@ class LayerChoice(QComboBox):
         self.setMinimumContentsLength(10)
         for emitter in (viewer.layers.events.inserted, viewer.layers.events.removed):
             connect_for_life(emitter, self.refresh)
+        connect_for_life(viewer.layers.events, self._renamed)
         self.currentIndexChanged.connect(self._changed)
         self.refresh()
 
@@ -56,6 +57,10 @@ class LayerChoice(QComboBox):
             self.setCurrentIndex(index if index >= 0 else self.count() - 1)
         if self.layer is not chosen:
             self.layer_changed.emit()
+
+    def _renamed(self, event: Any) -> None:
+        if event.type == "name":
+            self.refresh()
 
     def _changed(self, index: int) -> None:
         self.layer_changed.emit()

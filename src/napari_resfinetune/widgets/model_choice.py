@@ -69,7 +69,8 @@ class ModelChoice(QObject):
                     self._add_known(known)
             self.combo.insertSeparator(self.combo.count())
             self.combo.addItem("Another file…", BROWSE)
-        if self._value:
+        deleted = Path(self._value).is_absolute() and not Path(self._value).exists()
+        if self._value and not deleted:
             self.set_value(self._value)
         else:
             first = self.combo.itemData(0)

@@ -23,10 +23,11 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
+from napari_resfinetune.config import read_config
 from napari_resfinetune.errors import ConfigError
 from napari_resfinetune.library import ModelEntry, delete_model, rename_model, set_note
 from napari_resfinetune.widgets.controller import controller_of
-from napari_resfinetune.widgets.own_models import in_words, own_models, score_of
+from napari_resfinetune.widgets.own_models import can_go_on, has_model, in_words, own_runs, score_of
 from napari_resfinetune.widgets.parts import Words, was_closed
 
 TITLES = ("name", "date", "SA50", "verdict")
@@ -104,8 +105,10 @@ class ModelsWidget(QWidget):
         self.table.itemSelectionChanged.connect(self._show_chosen)
         self.table.itemChanged.connect(self._renamed)
         self.controller.models_changed.connect(self.refresh)
+        self.controller.training.state_changed.connect(self._show_chosen)
         actions = {
             "segment": lambda run: self.controller.open("Segment").model.set_value(str(run.path)),
+            "resume": self._resume,
             "continue": self._continue,
             "evaluate": lambda run: self.controller.open("Evaluate").model.set_value(str(run.path)),
             "export": self._choose_export,
@@ -134,7 +137,7 @@ class ModelsWidget(QWidget):
         chosen = {run.path for run in self.chosen()}
         folder = self.controller.draft.runs_folder
         self.folder.setText(str(folder))
-        self.runs = own_models(folder)
+        self.runs = own_runs(folder)
         self.table.setRowCount(len(self.runs))
         for number, run in enumerate(self.runs):
             said = (run.name, run.created[:10], score_of(run), run.verdict or "–")
@@ -164,8 +167,14 @@ class ModelsWidget(QWidget):
         if self._showing:
             return
         chosen = self.chosen()
-        for button in self.buttons.values():
-            button.setEnabled(len(chosen) == 1)
+        one = chosen[0] if len(chosen) == 1 else None
+        training = self.controller.training
+        for name, button in self.buttons.items():
+            if name == "resume":
+                possible = one is not None and can_go_on(one) and not training.busy
+            else:
+                possible = one is not None and (name == "delete" or has_model(one))
+            button.setEnabled(possible)
         self.remark.setVisible(len(chosen) == 1)
         same = [run.path for run in chosen] == [self._remarked]
         if not (same and self.remark.isModified()):  # a note that is being typed stays
@@ -188,6 +197,19 @@ class ModelsWidget(QWidget):
         except ConfigError as error:
             self.note.say(str(error), "bad")
         self.controller.models_changed.emit()
+
+    def _resume(self, run: ModelEntry) -> None:
+        """Go on with a run that was paused, stopped or cut off."""
+        try:
+            config = read_config(run.path / "config.yaml")
+        except ConfigError as error:
+            self.note.say(str(error), "bad")
+            return
+        images = config.data.images or ()
+        self.controller.training.go_on_with(
+            str(run.path), config.model_dump(mode="json"), 1 if isinstance(images, str) else len(images)
+        )
+        self.controller.open("Finetune")
 
     def _continue(self, run: ModelEntry) -> None:
         """Start the next run from this model."""
@@ -263,14 +285,16 @@ def _described(run: ModelEntry) -> str:
 
 _BUTTONS = {
     "segment": "Segment with it",
-    "continue": "Continue training",
+    "resume": "Go on",
+    "continue": "Train on from it",
     "evaluate": "Evaluate",
     "export": "Export…",
     "delete": "Delete…",
 }
 _TIPS = {
     "segment": "Opens Segment with this model chosen",
-    "continue": "Opens Finetune with this model to start from",
+    "resume": "Continues a run that was paused, stopped or cut off, from its last checkpoint",
+    "continue": "Opens Finetune for a new run that starts from this model",
     "evaluate": "Opens Evaluate with this model chosen",
     "export": "A checkpoint that micro-sam opens, or a bioimage.io package",
     "delete": "Deletes the run folder, after a question",

@@ -11,9 +11,28 @@ from napari_resfinetune.library import ModelEntry, list_models
 def own_models(folder: Path) -> list[ModelEntry]:
     """Return the models in the folder of runs that can be used, newest first; none where there is no folder."""
     try:
-        return [entry for entry in list_models(folder) if (entry.path / "model.pt").is_file()]
+        return [entry for entry in list_models(folder) if has_model(entry)]
     except ConfigError:
         return []
+
+
+def own_runs(folder: Path) -> list[ModelEntry]:
+    """Return the models and, beside them, runs that have none yet and can be gone on with."""
+    try:
+        return [entry for entry in list_models(folder) if has_model(entry) or can_go_on(entry)]
+    except ConfigError:
+        return []
+
+
+def has_model(entry: ModelEntry) -> bool:
+    """Whether there is something to segment with."""
+    return (entry.path / "model.pt").is_file()
+
+
+def can_go_on(entry: ModelEntry) -> bool:
+    """Whether a run was paused, stopped or cut off, and its checkpoint is there."""
+    ended = entry.status in ("finished", "early_stopped")
+    return not ended and (entry.path / "checkpoints" / "latest").is_dir() and (entry.path / "config.yaml").is_file()
 
 
 def score_of(entry: ModelEntry) -> str:

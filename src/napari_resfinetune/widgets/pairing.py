@@ -17,20 +17,37 @@ SAMPLES = 3
 def best_labels(image: Any, layers: Iterable[Any]) -> Any | None:
     """Return the labels layer of an image's size whose name is most like it; `None` when there is none."""
     fitting = [layer for layer in layers if isinstance(layer, Labels) and _plane(layer) == _plane(image)]
-    likeness = {id(layer): difflib.SequenceMatcher(None, image.name, layer.name).ratio() for layer in fitting}
-    return max(fitting, key=lambda layer: likeness[id(layer)], default=None)
+    return max(fitting, key=lambda layer: _likeness(image, layer), default=None)
 
 
-def pairs_of_layers(layers: Iterable[Any]) -> list[PairItem]:
-    """Pair every image layer with labels of its own; labels that fit several images go to the most alike."""
-    free = [layer for layer in layers if isinstance(layer, Labels)]
-    pairs = []
-    for image in (layer for layer in layers if isinstance(layer, Image)):
-        labels = best_labels(image, free)
-        if labels is not None:
-            free.remove(labels)
-            pairs.append(PairItem(image, labels))
-    return pairs
+def pairs_of_layers(layers: Iterable[Any]) -> tuple[list[PairItem], list[str]]:
+    """Pair image layers with labels layers of their size, those first whose names are most alike.
+
+    Returns
+    -------
+    pairs
+        In the order of the images.
+    left_out
+        Names of the images for which no labels were left.
+    """
+    layers = list(layers)
+    images = [layer for layer in layers if isinstance(layer, Image)]
+    fitting = [
+        (image, labels)
+        for image in images
+        for labels in layers
+        if isinstance(labels, Labels) and _plane(labels) == _plane(image)
+    ]
+    labels_of: dict[int, Any] = {}
+    for image, labels in sorted(fitting, key=lambda pair: -_likeness(*pair)):
+        if id(image) not in labels_of and all(labels is not taken for taken in labels_of.values()):
+            labels_of[id(image)] = labels
+    pairs = [PairItem(image, labels_of[id(image)]) for image in images if id(image) in labels_of]
+    return pairs, [image.name for image in images if id(image) not in labels_of]
+
+
+def _likeness(image: Any, labels: Any) -> float:
+    return difflib.SequenceMatcher(None, image.name, labels.name).ratio()
 
 
 def open_sample_cells(viewer: Any) -> list[PairItem]:

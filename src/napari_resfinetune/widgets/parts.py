@@ -18,6 +18,9 @@ from napari_resfinetune.widgets.words import gigabytes
 TIGHT = 0.8
 MOST_POINTS = 600
 NAME_PX = 90
+MIN_WORDS_PX = 60
+# Where a line may break: after these, by a space that has no width.
+BREAKING, BREAK = "/\\_", "\u200b"
 
 
 class Painted(QWidget):
@@ -194,7 +197,8 @@ class Words(QLabel):
 
     def say(self, text: str, tone: str | None = None) -> None:
         """Show a text; an empty one takes no room."""
-        self.setText(text)
+        # A long path may wrap after any of its parts.
+        self.setText("".join(f"{letter}{BREAK}" if letter in BREAKING else letter for letter in text))
         if not text:
             self.hide()
         elif self.parentWidget() is not None:  # by itself it would become a window
@@ -202,6 +206,14 @@ class Words(QLabel):
         if tone is not None and tone != self._tone:
             self._tone = tone
             self._follow_theme()
+
+    def text(self) -> str:
+        """Return what was said."""
+        return super().text().replace(BREAK, "")
+
+    def minimumSizeHint(self) -> QSize:
+        """Give way: one long word must not widen the dock."""
+        return QSize(MIN_WORDS_PX, super().minimumSizeHint().height())
 
     def _follow_theme(self, event: Any = None) -> None:
         colour: QColor = getattr(colours_of(self._viewer), self._tone)

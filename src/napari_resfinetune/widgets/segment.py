@@ -74,7 +74,8 @@ class SegmentWidget(QWidget):
         viewer = self.controller.viewer
         self.result: Any = None
         self._image: Any = None
-        self._edited = False
+        self._planes: list[int] | None = None
+        self._edited = self._busy = False
         self._job: int | None = None
         self._timer = QTimer(self)
         self._timer.setSingleShot(True)
@@ -212,16 +213,19 @@ class SegmentWidget(QWidget):
         self._show_busy(False)
         viewer = self.controller.viewer
         if image not in viewer.layers:
+            self.note.say("The image was removed meanwhile.", "muted")
             return
         name = f"{image.name} segmented"
         if planes is not None:
             name += f" (slice {planes[0]})"
-        if self._is_edited() or self.result is None or self._image is not image or self.result not in viewer.layers:
+        same = self._image is image and self._planes == planes
+        if self._is_edited() or self.result is None or not same or self.result not in viewer.layers:
             # What was corrected by hand is never overwritten.
             name = _free_name(viewer, name)
         else:
             name = self.result.name
-        self.result, self._image, self._edited = show_labels(viewer, answer["labels"], name, image), image, False
+        self.result = show_labels(viewer, answer["labels"], name, image)
+        self._image, self._planes, self._edited = image, planes, False
         self.result.events.paint.disconnect(self._was_edited)
         self.result.events.paint.connect(self._was_edited)
         self.note.say(f"{counted(answer['objects'], 'object')} in {duration(answer['seconds'])}.", "muted")
@@ -237,7 +241,7 @@ class SegmentWidget(QWidget):
     def _failed(self, problems: list[str]) -> None:
         self._job = None
         self._show_busy(False)
-        self.note.say("" if problems == ["stopped"] else "\n".join(problems), "bad")
+        self.note.say("" if problems == ["stopped"] else self.controller.exporter.in_words("\n".join(problems)), "bad")
 
     def _progress(self, event: dict[str, Any]) -> None:
         self.bar.setRange(0, 1000 if "done" in event else 0)
@@ -265,12 +269,14 @@ class SegmentWidget(QWidget):
         layer = self.image.layer
         self._rows.show(self.part, layer is not None and layer.ndim > 2)
         self.button.setEnabled(layer is not None)
+        self._show_busy(self._busy)
         self.note.say("" if layer is not None else "Open an image first.", "muted")
 
     def _show_busy(self, busy: bool) -> None:
+        self._busy = busy
         self.bar.setVisible(busy)
         self.cancel_button.setVisible(busy)
-        there = self.result is not None and not busy
+        there = self.result is not None and not busy and self._image is self.image.layer
         self.add_button.setVisible(there)
         self.continue_button.setVisible(there)
 

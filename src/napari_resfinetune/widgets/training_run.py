@@ -124,6 +124,12 @@ class TrainingRun(QObject):
         self.history.result, self.history.comparison, self.history.problems = {}, {}, []
         self._ask(run_dir=self.history.run_dir, epochs=epochs)
 
+    def go_on_with(self, run_dir: str, config: dict[str, Any], images: int) -> None:
+        """Continue a run of an earlier session."""
+        if not self.busy:
+            self.history = History(run_dir=run_dir, config=config, images=images)
+            self.go_on()
+
     def pause(self) -> None:
         """Save, end, and give the memory back; `go_on` continues."""
         self._end(State.PAUSING)

@@ -45,7 +45,10 @@ MENDABLE = {
     "shape-mismatch": "Crop both",
 }
 EMPTY = "Add an image with labels to begin."
-NO_LABELS = "No labels yet? Segment an image first, correct the result, then come back."
+NO_LABELS = (
+    "No labels yet? Segment an image first, correct the result, then come back. Labels that were opened as an image: "
+    "right-click the layer, Convert to Labels."
+)
 
 
 class ImagesSection(QWidget):
@@ -73,6 +76,8 @@ class ImagesSection(QWidget):
         self._copies: dict[int, str] = {}
         self._changed: set[int] = set()
         self._checked_with: Any = None
+        # What the last click on "Add all layers" could not pair, in words.
+        self._left_out = ""
         self.setAcceptDrops(True)
         self._timer = QTimer(self)
         self._timer.setSingleShot(True)
@@ -84,6 +89,7 @@ class ImagesSection(QWidget):
         layers = controller.viewer.layers
         connect_for_life(layers.events.inserted, self._layers_changed)
         connect_for_life(layers.events.removed, self._layers_changed)
+        connect_for_life(layers.events, self._layer_renamed)
         self._layers_changed()
         self._pairs_changed()
 
@@ -146,7 +152,7 @@ class ImagesSection(QWidget):
         self.add_button.clicked.connect(self._add_pair)
         self.add_all_button = QPushButton("Add all layers")
         self.add_all_button.setToolTip("Add every image layer that has a labels layer of its size")
-        self.add_all_button.clicked.connect(lambda: self._draft.add(pairs_of_layers(self._controller.viewer.layers)))
+        self.add_all_button.clicked.connect(self._add_all)
         self.folders_button = QPushButton("Folders…")
         self.folders_button.setCheckable(True)
         self.folders_button.setToolTip("Images and labels from two folders, paired by file name; or drop folders here")
@@ -190,6 +196,14 @@ class ImagesSection(QWidget):
         image, labels = self.image_combo.currentData(), self.labels_combo.currentData()
         if image is not None and labels is not None:
             self._draft.add([PairItem(image, labels)])
+        else:
+            self.note.say("Choose the labels of this image; none has its size.", "warning")
+
+    def _add_all(self, *_: Any) -> None:
+        pairs, left_out = pairs_of_layers(self._controller.viewer.layers)
+        self._left_out = f"Left out: {', '.join(left_out)}, without labels of its size." if left_out else ""
+        if not self._draft.add(pairs):
+            self.note.say(self._left_out or "All of them are there already.", "warning")
 
     def _folders_chosen(self) -> None:
         images, labels = self.folders["images"].value, self.folders["labels"].value
@@ -280,6 +294,11 @@ class ImagesSection(QWidget):
         self._suggest_labels()
         self._show_what_is_possible()
 
+    def _layer_renamed(self, event: Any) -> None:
+        if event.type == "name":
+            self._layers_changed()
+            self._show_rows()
+
     def _suggest_labels(self, index: int = 0) -> None:
         image = self.image_combo.currentData()
         if image is not None:
@@ -334,7 +353,7 @@ class ImagesSection(QWidget):
     def _fail(self, problems: list[str]) -> None:
         """Say why the pairs could not be looked at, and let that be tried again."""
         self.problem = "The images could not be looked at."
-        self.note.say("\n".join(problems), "bad")
+        self.note.say(self._controller.exporter.in_words("\n".join(problems)), "bad")
         self.again_button.setVisible(True)
         self.failed.emit()
 
@@ -385,7 +404,9 @@ class ImagesSection(QWidget):
         self.again_button.setVisible(False)
         self._show_rows()
         problems = report["problems"]
-        self.note.say(problems[0]["message"] if problems else report["note"], "bad" if problems else "muted")
+        said = problems[0]["message"] if problems else report["note"]
+        self.note.say(f"{said} {self._left_out}".strip(), "bad" if problems else "muted")
+        self._left_out = ""
         self.checked.emit(report)
 
     # What is shown

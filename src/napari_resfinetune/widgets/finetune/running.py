@@ -72,6 +72,7 @@ class RunningPage(QWidget):
         self._training.epoch_ended.connect(self._preview_now)
         connect_for_life(viewer.layers.events.inserted, self._layers_changed)
         connect_for_life(viewer.layers.events.removed, self._layers_changed)
+        connect_for_life(viewer.layers.events, self._layer_renamed)
         self._layers_changed()
         self.show_progress()
 
@@ -151,6 +152,10 @@ class RunningPage(QWidget):
             if isinstance(layer, Image):
                 self.preview.addItem(layer.name, layer)
         self.preview.setCurrentIndex(max(0, self.preview.findData(chosen)))
+
+    def _layer_renamed(self, event: Any) -> None:
+        if event.type == "name":
+            self._layers_changed()
 
     def _preview_now(self) -> None:
         """Segment the chosen image with the checkpoint that was just written."""

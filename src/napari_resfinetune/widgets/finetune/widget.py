@@ -8,7 +8,7 @@ from typing import Any
 from napari.viewer import Viewer
 from qtpy.QtCore import QEvent, Qt, QTimer
 from qtpy.QtGui import QShowEvent
-from qtpy.QtWidgets import QFrame, QPushButton, QScrollArea, QStackedWidget, QVBoxLayout, QWidget
+from qtpy.QtWidgets import QFrame, QPushButton, QScrollArea, QStackedWidget, QStyle, QVBoxLayout, QWidget
 
 from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.errors import ConfigError
@@ -85,7 +85,8 @@ class FinetuneWidget(QWidget):
         outer.setContentsMargins(8, 6, 8, 6)
         outer.addWidget(self.pages, 1)
         outer.addWidget(EngineStatus(self.controller))
-        self.setMinimumWidth(WIDTH)
+        scroll_bar = self.style().pixelMetric(QStyle.PixelMetric.PM_ScrollBarExtent)
+        self.setMinimumWidth(WIDTH + scroll_bar)
 
     def value(self) -> FinetuneConfig:
         """Return the configuration, without data and output folder, which a start adds."""
