@@ -88,7 +88,7 @@ class Session:
 
     def planned(self, answer: dict[str, Any], *rows: dict[str, Any]) -> None:
         count = sum(request["verb"] == "check" for request in self.engine.requests)
-        self.widget.images.check_again()
+        self.widget.images.again_button.click()
         self.until(lambda: sum(request["verb"] == "check" for request in self.engine.requests) > count)
         for number, each in enumerate(rows, 1):
             small = self.viewer.layers[f"cells {number}"].data[::8, ::8]
@@ -118,7 +118,8 @@ class Session:
 
     def end(self, run_dir: str, status: str, comparison: dict[str, Any]) -> None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
-        (Path(run_dir) / "model.pt").write_bytes(b"")
+        for name in ("model.pt", "report.html"):
+            (Path(run_dir) / name).write_bytes(b"")
         write_config(make_config(self.controller.training.history.config), Path(run_dir) / "config.yaml")
         (Path(run_dir) / "comparison.json").write_text(json.dumps(comparison))
         event, result = finished(run_dir, status, 7)
