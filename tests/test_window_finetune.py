@@ -228,7 +228,6 @@ def test_two_clicks_start_one_run(widget, qtbot):
 
 def test_a_plan_of_other_settings_says_nothing_about_these(widget, qtbot):
     with_sample(widget, qtbot)
-    widget.controller.engine.answer("plan", plan(peak_gb=20.0)) if widget.controller.engine._asked else None
     widget.controller.draft.change_config({"training": {"epochs": 7}})
     assert widget.computer.current_plan is None
     qtbot.waitUntil(lambda: widget.computer.time.text() == "…")

@@ -132,6 +132,16 @@ def test_another_file_can_be_chosen(segment, qtbot, tmp_path, monkeypatch):
     assert combo.currentText() == "mine"
 
 
+def test_the_copies_in_use_stay_and_older_ones_go(segment, viewer, qtbot):
+    layer, files = viewer.layers["cells"], []
+    for value in (1, 2, 3, 1, 4):  # the fourth is as after an undo
+        layer.data = np.full((64, 64), float(value))
+        segment.controller.exporter.export([layer], lambda found: files.append(found[id(layer)]))
+    qtbot.waitUntil(lambda: len(files) == 5)
+    assert files[0] == files[3]
+    assert [Path(file).is_file() for file in files] == [True, False, True, True, True]
+
+
 def test_this_slice_is_the_one_that_is_shown(segment, viewer, qtbot):
     deep = viewer.add_image(np.zeros((10, 64, 64)), name="deep", scale=(2, 1, 1), translate=(4, 0, 0))
     viewer.add_image(np.zeros((40, 64, 64)), name="finer")

@@ -129,7 +129,7 @@ def segment_files(
         As for `train`.
     output
         The folder; each label image has the name of its image.
-    model, mode, device, **options
+    model, mode, device
         As for `segment`.
     format
         "tiff" or "zarr" (OME-Zarr with a pyramid).
@@ -138,6 +138,8 @@ def segment_files(
         model, settings and image are kept in any case, so that an interrupted job goes on.
     on_progress
         Called with the name of the image, and windows of it done and in all.
+    **options
+        As for `segment`.
 
     Yields
     ------
@@ -225,13 +227,13 @@ def evaluate(
         found = "has one twice" if models else "is empty"
         raise ConfigError(f"model: the list {found} ({', '.join(names)}); name one model, or several different ones")
     how: dict[str, Any] = {"modes": tuple(modes), "volumes": volumes, "on_progress": on_progress}
+    how |= {"cache": cache, "min_object_px": min_object_px}
     evaluations = {}
-    how["min_object_px"] = min_object_px
     with kept_where_there_is_room():
         for name, one in zip(names, models, strict=True):
             loaded = _loaded(one, modes, device)
             settings = inference_settings(loaded, device, options)
-            evaluations[name] = _evaluate_one(loaded, pairs, before, cache, **how, **settings)
+            evaluations[name] = _evaluate_one(loaded, pairs, before, **how, **settings)
     return evaluations if isinstance(model, list | tuple) else evaluations[names[0]]
 
 
@@ -295,8 +297,8 @@ def _evaluate_one(
     model: SamModel,
     pairs: Pairs,
     checked: CheckReport,
-    cache: bool | str | Path,
     *,
+    cache: bool | str | Path,
     min_object_px: int,
     **settings: Any,
 ) -> Evaluation:

@@ -13,8 +13,8 @@ from magicgui.widgets import FileEdit
 from napari.layers import Image, Labels
 from napari.utils import DirectLabelColormap
 from napari.viewer import Viewer
-from qtpy.QtCore import QEvent, Qt
-from qtpy.QtGui import QKeySequence, QShortcut, QShowEvent
+from qtpy.QtCore import Qt
+from qtpy.QtGui import QKeySequence, QShortcut
 from qtpy.QtWidgets import (
     QAbstractItemView,
     QApplication,
@@ -31,10 +31,11 @@ from qtpy.QtWidgets import (
 )
 
 from napari_resfinetune.widgets.controller import controller_of
+from napari_resfinetune.widgets.docked import Docked
 from napari_resfinetune.widgets.engine_status import EngineStatus
 from napari_resfinetune.widgets.layer_choice import LayerChoice
 from napari_resfinetune.widgets.model_choice import ModelChoice
-from napari_resfinetune.widgets.parts import Curve, Rows, Words, was_closed
+from napari_resfinetune.widgets.parts import Curve, Rows, Words
 
 LAYERS, MODEL, FOLDERS = "layers", "model", "folders"
 COLUMNS = ("image", "mode", "sa50", "sa75", "msa", "n_true", "n_pred")
@@ -59,7 +60,7 @@ ERRORS = (
 )
 
 
-class EvaluateWidget(QWidget):
+class EvaluateWidget(Docked):
     """Score a labels layer or a model against labels, image by image.
 
     Parameters
@@ -170,15 +171,9 @@ class EvaluateWidget(QWidget):
             folder.changed.connect(lambda value: self._show_what_is_missing())
         self.model.value_changed.connect(self._model_chosen)
 
-    def showEvent(self, event: QShowEvent | None) -> None:
-        """Start the engine in the background once the widget is seen."""
-        super().showEvent(event)
-        self.controller.attach(self)
-
-    def changeEvent(self, event: QEvent | None) -> None:
-        """End what is under way when the widget is closed."""
-        super().changeEvent(event)
-        if was_closed(self, event) and self._request is not None:
+    def end_work(self) -> None:
+        """Stop an evaluation."""
+        if self._request is not None:
             self.controller.engine.stop(self._request)
 
     def _clicked(self) -> None:

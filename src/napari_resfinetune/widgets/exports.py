@@ -37,21 +37,16 @@ class Exporter(QObject):
     def __init__(self, folder: Path, parent: QObject | None = None) -> None:
         super().__init__(parent)
         self._folder = folder
-        # Of each layer the last files, with a checksum; older ones are removed, as nobody reads them any more.
+        # Of each layer the files used last, with a checksum; older ones are removed, as nobody reads them any more.
         self._known: dict[int, deque[tuple[int, Path]]] = {}
         self._closed = False
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="export layers")
-        self._waiting: list[tuple[Future[Files], Callable[[Files | Exception], None], str | None]] = []
+        self._waiting: list[tuple[Future[Files], Callable[[Files | Exception], None]]] = []
         self._timer = QTimer(self)
         self._timer.timeout.connect(self._look)
 
-    def export(
-        self, layers: Sequence[Any], then: Callable[[Files | Exception], None], *, topic: str | None = None
-    ) -> None:
-        """Write layers; `then` gets the path of each by ``id(layer)``, or what went wrong, in this thread.
-
-        What waits under the same `topic` is superseded, and its `then` is not called.
-        """
+    def export(self, layers: Sequence[Any], then: Callable[[Files | Exception], None]) -> None:
+        """Write layers; `then` gets the path of each by ``id(layer)``, or what went wrong, in this thread."""
         jobs = []
         for layer in layers:
             data = layer.data[0] if getattr(layer, "multiscale", False) else layer.data
@@ -60,9 +55,7 @@ class Exporter(QObject):
             jobs.append((id(layer), layer.name, data, axes_of(layer)))
         if self._closed:
             return
-        if topic is not None:
-            self._waiting = [each for each in self._waiting if each[2] != topic or not each[0].cancel()]
-        self._waiting.append((self._pool.submit(self._write_all, jobs), then, topic))
+        self._waiting.append((self._pool.submit(self._write_all, jobs), then))
         self._timer.start(LOOK_MS)
 
     def in_words(self, text: str) -> str:
@@ -81,7 +74,7 @@ class Exporter(QObject):
 
     def _look(self) -> None:
         while self._waiting and self._waiting[0][0].done():
-            future, then, _ = self._waiting.pop(0)
+            future, then = self._waiting.pop(0)
             error = future.exception()
             then(error if isinstance(error, Exception) else future.result())
         if not self._waiting:
@@ -96,9 +89,11 @@ class Exporter(QObject):
         array = np.ascontiguousarray(array)
         print_ = zlib.crc32(array.view(np.uint8).reshape(-1).data, zlib.crc32(f"{name}{array.shape}{axes}".encode()))
         known = self._known.setdefault(number, deque())
-        for there, path in known:
-            if there == print_ and path.is_file():
-                return str(path)
+        for entry in known:
+            if entry[0] == print_ and entry[1].is_file():
+                known.remove(entry)
+                known.append(entry)  # the last one in use, as after an undo
+                return str(entry[1])
         folder = self._folder / f"{number:x}-{print_:08x}"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{file_stem(name)}.tif"

@@ -7,7 +7,7 @@ from typing import Any
 from qtpy.QtCore import QSignalBlocker, Signal
 from qtpy.QtWidgets import QComboBox, QWidget
 
-from napari_resfinetune.widgets.theme import connect_for_life
+from napari_resfinetune.widgets.theme import follow_layers
 
 
 class LayerChoice(QComboBox):
@@ -31,9 +31,7 @@ class LayerChoice(QComboBox):
         self.setAccessibleName(name)
         self.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
         self.setMinimumContentsLength(10)
-        for emitter in (viewer.layers.events.inserted, viewer.layers.events.removed):
-            connect_for_life(emitter, self.refresh)
-        connect_for_life(viewer.layers.events, self._renamed)
+        follow_layers(viewer, self.refresh)
         self.currentIndexChanged.connect(self._changed)
         self.refresh()
 
@@ -57,10 +55,6 @@ class LayerChoice(QComboBox):
             self.setCurrentIndex(index if index >= 0 else self.count() - 1)
         if self.layer is not chosen:
             self.layer_changed.emit()
-
-    def _renamed(self, event: Any) -> None:
-        if event.type == "name":
-            self.refresh()
 
     def _changed(self, index: int) -> None:
         self.layer_changed.emit()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from napari.viewer import Viewer
-from qtpy.QtCore import QEvent, Qt
+from qtpy.QtCore import Qt
 from qtpy.QtGui import QKeySequence, QShortcut, QShowEvent
 from qtpy.QtWidgets import (
     QAbstractItemView,
@@ -27,14 +27,15 @@ from napari_resfinetune.config import read_config
 from napari_resfinetune.errors import ConfigError
 from napari_resfinetune.library import ModelEntry, delete_model, rename_model, set_note
 from napari_resfinetune.widgets.controller import controller_of
+from napari_resfinetune.widgets.docked import Docked
 from napari_resfinetune.widgets.own_models import can_go_on, has_model, in_words, own_runs, score_of
-from napari_resfinetune.widgets.parts import Words, was_closed
+from napari_resfinetune.widgets.parts import Words
 
 TITLES = ("name", "date", "SA50", "verdict")
 EMPTY = "No model yet. Finetune one, and it appears here."
 
 
-class ModelsWidget(QWidget):
+class ModelsWidget(Docked):
     """List the runs in the folder of runs.
 
     Parameters
@@ -123,13 +124,7 @@ class ModelsWidget(QWidget):
     def showEvent(self, event: QShowEvent | None) -> None:
         """Read the folder again once the widget is seen."""
         super().showEvent(event)
-        self.controller.attach(self)
         self.refresh()
-
-    def changeEvent(self, event: QEvent | None) -> None:
-        """Go when napari takes the widget out of its closed dock."""
-        super().changeEvent(event)
-        was_closed(self, event)
 
     def refresh(self) -> None:
         """Read the folder of runs."""

@@ -10,14 +10,11 @@ from napari_resfinetune.library import ModelEntry, list_models
 
 def own_models(folder: Path) -> list[ModelEntry]:
     """Return the models in the folder of runs that can be used, newest first; none where there is no folder."""
-    try:
-        return [entry for entry in list_models(folder) if has_model(entry)]
-    except ConfigError:
-        return []
+    return [entry for entry in own_runs(folder) if has_model(entry)]
 
 
 def own_runs(folder: Path) -> list[ModelEntry]:
-    """Return the models and, beside them, runs that have none yet and can be gone on with."""
+    """Return the same and, beside them, runs that have no model yet and can be gone on with."""
     try:
         return [entry for entry in list_models(folder) if has_model(entry) or can_go_on(entry)]
     except ConfigError:

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from qtpy.compat import isalive
-from qtpy.QtCore import QEvent, QPointF, QRectF, QSize, Qt, QTimer
+from qtpy.QtCore import QPointF, QRectF, QSize, Qt
 from qtpy.QtGui import QColor, QPainter, QPaintEvent, QPen, QPolygonF
 from qtpy.QtWidgets import QHBoxLayout, QLabel, QSizePolicy, QVBoxLayout, QWidget
 
@@ -259,22 +258,6 @@ class Rows:
     def show(self, field: QWidget, visible: bool) -> None:
         """Show or hide a row."""
         self._holders[id(field)].setVisible(visible)
-
-
-def was_closed(widget: QWidget, event: QEvent | None) -> bool:
-    """Whether an event given to `changeEvent` tells that napari has taken a widget out of its closed dock.
-
-    Such a widget is not shown again, so it is deleted; or it would go on listening to layers.
-    """
-    if event is None or event.type() != QEvent.Type.ParentChange or widget.parentWidget() is not None:
-        return False
-    QTimer.singleShot(0, lambda: _delete_without_parent(widget))
-    return True
-
-
-def _delete_without_parent(widget: QWidget) -> None:
-    if isalive(widget) and widget.parentWidget() is None:
-        widget.deleteLater()
 
 
 def heading(text: str) -> QLabel:

@@ -8,8 +8,7 @@ from typing import Any
 from magicgui.widgets import Container, FloatSlider, SpinBox, Widget
 from napari.layers import Image, Labels
 from napari.viewer import Viewer
-from qtpy.QtCore import QEvent, QTimer
-from qtpy.QtGui import QShowEvent
+from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import (
     QCheckBox,
     QComboBox,
@@ -21,13 +20,14 @@ from qtpy.QtWidgets import (
 )
 
 from napari_resfinetune.widgets.controller import controller_of
+from napari_resfinetune.widgets.docked import Docked
 from napari_resfinetune.widgets.draft import PairItem
 from napari_resfinetune.widgets.engine_status import EngineStatus
 from napari_resfinetune.widgets.exports import axes_of
 from napari_resfinetune.widgets.finetune.running import show_labels, shown_slice
 from napari_resfinetune.widgets.layer_choice import LayerChoice
 from napari_resfinetune.widgets.model_choice import ModelChoice
-from napari_resfinetune.widgets.parts import Rows, Words, was_closed
+from napari_resfinetune.widgets.parts import Rows, Words
 from napari_resfinetune.widgets.words import counted, duration
 
 LIVE_MS = 250
@@ -59,7 +59,7 @@ CORRECTING = (
 )
 
 
-class SegmentWidget(QWidget):
+class SegmentWidget(Docked):
     """Segment a layer with a model; the result is a labels layer that one can edit and train on.
 
     Parameters
@@ -156,17 +156,10 @@ class SegmentWidget(QWidget):
         for container in self.forms.values():
             container.changed.connect(self._changed)
 
-    def showEvent(self, event: QShowEvent | None) -> None:
-        """Start the engine in the background once the widget is seen."""
-        super().showEvent(event)
-        self.controller.attach(self)
-
-    def changeEvent(self, event: QEvent | None) -> None:
-        """End what is under way when the widget is closed; its result would come as a surprise."""
-        super().changeEvent(event)
-        if was_closed(self, event):
-            self._timer.stop()
-            self._cancel()
+    def end_work(self) -> None:
+        """Ask for no result any more; it would come as a surprise."""
+        self._timer.stop()
+        self._cancel()
 
     def explain_correcting(self) -> None:
         """Show the steps of correcting and continuing."""

@@ -41,6 +41,13 @@ def colours_of(viewer: Any) -> Colours:
     )
 
 
+def follow_layers(viewer: Any, method: Any) -> None:
+    """Call a widget's method when layers come, go or get another name, until the widget is gone."""
+    events = viewer.layers.events
+    for emitter in (events.inserted, events.removed, events.renamed):
+        connect_for_life(emitter, method)
+
+
 def connect_for_life(emitter: Any, method: Any) -> Any:
     """Connect a widget's method to one of napari's emitters, until the widget is gone; return what was connected."""
     reference = weakref.WeakMethod(method)

@@ -29,7 +29,7 @@ from napari_resfinetune.widgets.controller import Controller
 from napari_resfinetune.widgets.draft import PairItem
 from napari_resfinetune.widgets.pairing import best_labels, open_sample_cells, pairs_of_layers
 from napari_resfinetune.widgets.parts import Words, heading
-from napari_resfinetune.widgets.theme import connect_for_life
+from napari_resfinetune.widgets.theme import connect_for_life, follow_layers
 from napari_resfinetune.widgets.words import counted
 
 CHECK_MS = 300
@@ -86,10 +86,8 @@ class ImagesSection(QWidget):
         self._build()
         self._watched: list[tuple[Any, list[Any]]] = []
         self._draft.pairs_changed.connect(self._pairs_changed)
-        layers = controller.viewer.layers
-        connect_for_life(layers.events.inserted, self._layers_changed)
-        connect_for_life(layers.events.removed, self._layers_changed)
-        connect_for_life(layers.events, self._layer_renamed)
+        follow_layers(controller.viewer, self._layers_changed)
+        connect_for_life(controller.viewer.layers.events.renamed, self._show_rows)
         self._layers_changed()
         self._pairs_changed()
 
@@ -294,11 +292,6 @@ class ImagesSection(QWidget):
         self._suggest_labels()
         self._show_what_is_possible()
 
-    def _layer_renamed(self, event: Any) -> None:
-        if event.type == "name":
-            self._layers_changed()
-            self._show_rows()
-
     def _suggest_labels(self, index: int = 0) -> None:
         image = self.image_combo.currentData()
         if image is not None:
@@ -353,6 +346,7 @@ class ImagesSection(QWidget):
     def _fail(self, problems: list[str]) -> None:
         """Say why the pairs could not be looked at, and let that be tried again."""
         self.problem = "The images could not be looked at."
+        self._copies.clear()  # another look begins with new ones
         self.note.say(self._controller.exporter.in_words("\n".join(problems)), "bad")
         self.again_button.setVisible(True)
         self.failed.emit()
@@ -411,7 +405,7 @@ class ImagesSection(QWidget):
 
     # What is shown
 
-    def _show_rows(self) -> None:
+    def _show_rows(self, event: Any = None) -> None:
         self.tree.clear()
         rows = self.report["pairs"] if self.report is not None else [None] * len(self._draft.pairs)
         for number, (pair, row) in enumerate(zip(self._draft.pairs, rows, strict=True)):

@@ -21,7 +21,7 @@ from superqt import QCollapsible
 from napari_resfinetune.widgets.controller import Controller
 from napari_resfinetune.widgets.exports import axes_of
 from napari_resfinetune.widgets.parts import Curve, Gauge, Rows, Words
-from napari_resfinetune.widgets.theme import connect_for_life
+from napari_resfinetune.widgets.theme import follow_layers
 from napari_resfinetune.widgets.training_run import State
 from napari_resfinetune.widgets.words import counted, duration
 
@@ -70,9 +70,7 @@ class RunningPage(QWidget):
         self._training.progressed.connect(self.show_progress)
         self._training.state_changed.connect(self.show_progress)
         self._training.epoch_ended.connect(self._preview_now)
-        connect_for_life(viewer.layers.events.inserted, self._layers_changed)
-        connect_for_life(viewer.layers.events.removed, self._layers_changed)
-        connect_for_life(viewer.layers.events, self._layer_renamed)
+        follow_layers(viewer, self._layers_changed)
         self._layers_changed()
         self.show_progress()
 
@@ -152,10 +150,6 @@ class RunningPage(QWidget):
             if isinstance(layer, Image):
                 self.preview.addItem(layer.name, layer)
         self.preview.setCurrentIndex(max(0, self.preview.findData(chosen)))
-
-    def _layer_renamed(self, event: Any) -> None:
-        if event.type == "name":
-            self._layers_changed()
 
     def _preview_now(self) -> None:
         """Segment the chosen image with the checkpoint that was just written."""

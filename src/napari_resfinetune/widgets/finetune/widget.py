@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from napari.viewer import Viewer
-from qtpy.QtCore import QEvent, Qt, QTimer
-from qtpy.QtGui import QShowEvent
+from qtpy.QtCore import Qt, QTimer
 from qtpy.QtWidgets import QFrame, QPushButton, QScrollArea, QStackedWidget, QStyle, QVBoxLayout, QWidget
 
 from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.errors import ConfigError
 from napari_resfinetune.widgets.controller import controller_of
+from napari_resfinetune.widgets.docked import Docked
 from napari_resfinetune.widgets.draft import PairItem
 from napari_resfinetune.widgets.engine_status import EngineStatus
 from napari_resfinetune.widgets.finetune.computer import ComputerSection
@@ -20,13 +20,13 @@ from napari_resfinetune.widgets.finetune.images import ImagesSection
 from napari_resfinetune.widgets.finetune.model import ModelSection
 from napari_resfinetune.widgets.finetune.outcome import OutcomePage
 from napari_resfinetune.widgets.finetune.running import RunningPage
-from napari_resfinetune.widgets.parts import Words, was_closed
+from napari_resfinetune.widgets.parts import Words
 from napari_resfinetune.widgets.training_run import State
 
 WIDTH = 360
 
 
-class FinetuneWidget(QWidget):
+class FinetuneWidget(Docked):
     """Finetune Segment Anything on the layers of a viewer.
 
     It edits one `FinetuneConfig`, the draft of the viewer's controller, and shows the controller's training; both stay
@@ -96,16 +96,9 @@ class FinetuneWidget(QWidget):
         """Show a configuration."""
         self._draft.set_config(config)
 
-    def showEvent(self, event: QShowEvent | None) -> None:
-        """Start the engine in the background once the widget is seen."""
-        super().showEvent(event)
-        self.controller.attach(self)
-
-    def changeEvent(self, event: QEvent | None) -> None:
-        """Ask about a training that runs when napari takes the widget out of its closed dock."""
-        super().changeEvent(event)
-        if was_closed(self, event):
-            QTimer.singleShot(0, self.controller.ask_after_closing_finetune)
+    def end_work(self) -> None:
+        """Ask what becomes of a training that runs."""
+        QTimer.singleShot(0, self.controller.ask_after_closing_finetune)
 
     def start(self) -> None:
         """Copy the layers as they are now, and train."""
