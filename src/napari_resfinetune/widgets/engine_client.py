@@ -123,8 +123,8 @@ class EngineClient(QObject):
 
         Parameters
         ----------
-        verb, **request
-            As the engine knows them.
+        verb
+            As the engine knows it.
         owner
             Nothing is called any more once this object is gone.
         on_result, on_error, on_event
@@ -132,6 +132,8 @@ class EngineClient(QObject):
         topic
             Requests of the same topic supersede each other: while one is under way only the newest is kept, and answers
             to older ones are dropped.
+        **request
+            What the engine takes with that verb.
 
         Returns
         -------
