@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "napari_resfinetune"
 FLOORS = (
-    {"config", "errors", "events"},
+    {"config", "errors", "events", "words"},
     {"data", "models"},
     {"planning"},
     {"training"},
@@ -33,7 +33,7 @@ STRANGERS = ({"data", "models"},)  # on one floor, and yet apart
 GUI = {"napari", "qtpy", "PyQt5", "PyQt6", "PySide6", "magicgui", "superqt", "pyqtgraph"}
 UPSTREAM = {"micro_sam", "segment_anything", "mobile_sam"}
 UPSTREAM_FILE = "models/upstream.py"
-LIGHT = {"config", "errors", "events", "__init__", "widgets"}  # never torch, not even inside a function
+LIGHT = {"config", "errors", "events", "words", "__init__", "widgets"}  # never torch, not even inside a function
 TORCH = {"torch", "torchvision", "torch_em", "timm"}
 
 

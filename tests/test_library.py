@@ -17,7 +17,7 @@ from napari_resfinetune import library
 from napari_resfinetune.cli.app import app
 from napari_resfinetune.config import make_config, write_config
 from napari_resfinetune.errors import ConfigError, ModelError
-from napari_resfinetune.training.run_folder import COPIES_MARK
+from napari_resfinetune.training.run_folder import COPIES_MARK, RunFolder, training_alone
 
 FINISHED = {"event": "Finished", "status": "early_stopped", "best_epoch": 1}
 STARTED = {"event": "Started", "epoch": 0}
@@ -90,7 +90,7 @@ def test_names_and_notes(runs: Path) -> None:
     assert (entry.name, entry.note, entry.path) == ("Zellen, größer", "from Tuesday", runs / "first")
     assert library.find_model(runs, "first").path == entry.path
     assert library.find_model(runs, "second").continued_from == "Zellen, größer"
-    for bad in ("", "  ", "a/b", "..\\x", "x" * 101, "a\nb", "second", "Zellen, größer"):
+    for bad in ("", "  ", "a/b", "..\\x", "x" * 101, "a\nb", ".", "..", "second", "Zellen, größer"):
         with pytest.raises(ConfigError, match="name"):
             library.rename_model(runs, "sweep/a", bad)
     with pytest.raises(ConfigError, match=r"no such model.*Zellen"):
@@ -128,12 +128,14 @@ def test_copies_of_layers_go_with_their_run_and_nobody_elses_data_do(runs: Path)
 
 
 def test_a_model_in_training_is_not_deleted(runs: Path) -> None:
-    make_run(runs / "live", events=[STARTED, {"event": "Step"}], age=5)
-    with pytest.raises(ConfigError, match="in training"):
-        library.delete_model(runs, "live")
-    make_run(runs / "dead", events=[STARTED, {"event": "Step"}], age=3600)
-    library.delete_model(runs, "dead")
-    assert "live" in names(runs) and "dead" not in names(runs)
+    live = make_run(runs / "live", events=[STARTED, {"event": "Step"}])
+    with training_alone(RunFolder(live)):
+        assert library.find_model(runs, "live").status == "in training"
+        with pytest.raises(ConfigError, match="in training"):
+            library.delete_model(runs, "live")
+    assert library.find_model(runs, "live").status == "unfinished"
+    library.delete_model(runs, "live")
+    assert "live" not in names(runs)
 
 
 def _rename_often(runs: Path, folder: str) -> None:

@@ -85,7 +85,7 @@ def test_a_grid_becomes_runs_and_says_what_makes_no_sense(cells, tmp_path):
     assert [run.job.name for run in found.initial] == ["initial_start_s0"]
     reasons = dict(found.left_out)
     assert reasons["cpu-8gb_start_lora-rank8_n2_s0"] == "excluded"
-    assert reasons["cpu-8gb_start_full_n5_s0"] == "only 2 images are left to train on"
+    assert reasons["cpu-8gb_start_full_n5_s0"] == "only 2 images left to train on"
     assert "99 blocks shall learn" in reasons["cpu-8gb_start_late-blocks99_n1_s0"]
     assert "is for cuda" in reasons["v100_start_full_n1_s0"] or names[0] == "v100_start_full_n1_s0"
     config = found.runs[1].config

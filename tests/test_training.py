@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from napari_resfinetune.events import (
     event_from_dict,
 )
 from napari_resfinetune.models import load_model
+from napari_resfinetune.training.run_folder import RunFolder, training_alone
 from small_runs import SMALL, TRAINING, run, weights
 
 
@@ -307,6 +309,11 @@ def test_a_run_is_continued_with_its_own_settings_or_not_at_all(cells, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert rf.resume("run").status == "finished"
     images, labels, model = cells / "images", cells / "labels", cells / "start.pt"
+    with (
+        training_alone(RunFolder(Path("run"))),
+        pytest.raises(rf.ConfigError, match="run: another process is training here"),
+    ):
+        rf.train(images, labels, model=model, output="run", resume=True, **settings)
     again = rf.train(images, labels, model=model, output="run", resume=True, **settings)
     assert again.status == "finished"
     with pytest.raises(rf.ConfigError, match=r"another data\.images"):

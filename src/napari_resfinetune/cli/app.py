@@ -24,8 +24,8 @@ from napari_resfinetune.cli.output import (
 from napari_resfinetune.cli.sweep import run_in_chunks, sweep
 from napari_resfinetune.config import FinetuneConfig, make_config, merge, parse_overrides, read_yaml
 from napari_resfinetune.errors import ConfigError, DataError, ResourceError
-from napari_resfinetune.planning.planner import duration
 from napari_resfinetune.training.ranks import is_first_rank
+from napari_resfinetune.words import duration
 
 app = typer.Typer(
     name="resfinetune",

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from napari_resfinetune.cli.output import errors, escape, print_table, results
 from napari_resfinetune.events import Event, Message, Searched
-from napari_resfinetune.planning.planner import duration
+from napari_resfinetune.words import duration
 
 
 class SearchProgress:

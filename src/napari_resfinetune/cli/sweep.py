@@ -20,7 +20,7 @@ from napari_resfinetune.cli.output import (
     results,
     stop_on_interrupt,
 )
-from napari_resfinetune.planning.planner import duration
+from napari_resfinetune.words import duration
 
 ROWS_SHOWN = 30
 COLOURS = {"running": "green", "queued": "cyan", "failed": "bold red", "stopped": "yellow", "done": "dim"}

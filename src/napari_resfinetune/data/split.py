@@ -15,6 +15,7 @@ import numpy as np
 from napari_resfinetune.data.pairs import Pair
 from napari_resfinetune.data.sources import read_plane, shape_yx
 from napari_resfinetune.errors import DataError
+from napari_resfinetune.words import counted
 
 TRAIN_SHARE_OF_SINGLE_IMAGE = 0.75
 
@@ -92,12 +93,12 @@ def split_pairs(
     order = np.random.default_rng([seed, 0]).permutation(usable).tolist()
     held_out = min(max(1, round(validation_fraction * len(order))), len(order) - 1)
     validation, train = order[:held_out], order[held_out:]
-    note = f"{len(train)} images to train on, {held_out} held out"
+    too_few = ""
     if max_images is not None:
         if max_images > len(train):
-            note += f" (max_images is {max_images}, but only {len(train)} are left for training)"
+            too_few = f" (max_images is {max_images}, but only {len(train)} are left for training)"
         train = train[:max_images]
-        note = note.replace(f"{len(order) - held_out} images to train on", f"{len(train)} images to train on", 1)
+    note = f"{counted(len(train), 'image')} to train on, {held_out} held out{too_few}"
     return Split("by image", whole_regions(pairs, train), whole_regions(pairs, validation), note)
 
 

@@ -22,6 +22,7 @@ from napari_resfinetune.models.names import RANDOM_PREFIX
 from napari_resfinetune.planning import Hardware, Plan, get_preset, pick_device, probe_hardware
 from napari_resfinetune.training.planned import TRIED_SHARE, architecture_of, length_of, plan_anywhere
 from napari_resfinetune.training.prepare import open_data
+from napari_resfinetune.words import counted
 
 # What comes on top of the steps of a training, in seconds, generously: loading libraries and the model, and scoring an
 # image in one mode.
@@ -260,7 +261,7 @@ def _config(grid: GridConfig, shared: Mapping[str, Any], combination: Combinatio
 def _nonsense(grid: GridConfig, combination: Combination, available: int, hardware: Hardware) -> str | None:
     """Say why a combination makes no sense, if it does not."""
     if combination.n_images is not None and combination.n_images > available:
-        return f"only {available} images are left to train on"
+        return f"only {counted(available, 'image')} left to train on"
     if combination.preset != "auto" and isinstance(grid.executor, LocalSettings):
         kind = pick_device("auto", hardware)[0].partition(":")[0]
         wanted = get_preset(combination.preset).device

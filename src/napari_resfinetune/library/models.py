@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from napari_resfinetune.config import read_config
 from napari_resfinetune.errors import ConfigError
-from napari_resfinetune.training.run_folder import COPIES_MARK, RunFolder, check_writable
+from napari_resfinetune.training.run_folder import COPIES_MARK, RunFolder, check_writable, is_in_training
 
 RECORD = "library.json"
 LOCK = ".resfinetune.lock"
@@ -31,7 +31,6 @@ _TAIL_BYTES = 200_000
 _MAX_NAME = 100
 _ENDS = ("Started", "Finished", "Failed")
 # A training says something at every step; one that has been silent for so long is taken for dead.
-_SILENT_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class ModelEntry:
     continued_from, continued_by
         Names of the models in the list that it was started from, and that were started from it.
     status
-        "finished", "early_stopped", "stopped", "failed", "unfinished", "imported", or "damaged".
+        "in training", "finished", "early_stopped", "stopped", "failed", "unfinished", "imported", or "damaged".
     """
 
     path: Path
@@ -156,7 +155,7 @@ def delete_model(folder: str | Path, name: str) -> Path:
     Raises
     ------
     ConfigError
-        When there is no such model; when it is a link, or has other models inside; when it seems to be in training.
+        When there is no such model; when it is a link, or has other models inside; when it is in training.
     """
     folder = Path(folder)
     with _locked(folder):
@@ -166,8 +165,8 @@ def delete_model(folder: str | Path, name: str) -> Path:
             raise ConfigError(f"{path}: leads out of {folder}, and is not deleted; delete it where it lies")
         if inside:
             raise ConfigError(f"{path}: has another model inside ({inside[0].name}); move or delete that first")
-        if _in_training(path):
-            raise ConfigError(f"{path}: is in training, as it seems; stop it first, or wait ten minutes")
+        if is_in_training(path):
+            raise ConfigError(f"{path}: is in training; stop it first")
         # Out of the list in one step; whatever stops the rest leaves no half of a model in it.
         gone = path.with_name(f".deleted-{path.name}-{os.getpid()}")
         try:
@@ -230,7 +229,7 @@ def _copy(source: Path, new: Path) -> None:
 
     if (source / "config.yaml").is_file():
         resolve_model(source)  # refuses one without a model, or with one that cannot be opened
-        shutil.copytree(source, new, ignore=shutil.ignore_patterns("features", LOCK))
+        shutil.copytree(source, new, ignore=shutil.ignore_patterns("features", ".*"))
         return
     export_model(source, new / "model.pt")
     if source.is_dir():
@@ -267,7 +266,7 @@ def _read(path: Path, folder: Path) -> ModelEntry:
         entry = replace(entry, scores=_scores(comparison, run), verdict=str(comparison.get("verdict") or ""))
         if config is None:
             return replace(entry, status="imported")
-        return replace(entry, start_model=config.model, strategy=config.strategy.kind, status=_status(run.events))
+        return replace(entry, start_model=config.model, strategy=config.strategy.kind, status=_status(run))
     except (ConfigError, OSError, AttributeError, TypeError):
         return ModelEntry(path, own_name, status="damaged")
 
@@ -284,8 +283,10 @@ def _scores(comparison: Mapping[str, Any], run: RunFolder) -> dict[str, float]:
     return {"metric": min(metrics)} if metrics else {}
 
 
-def _status(events: Path) -> str:
-    last = _last_event(events)
+def _status(run: RunFolder) -> str:
+    if is_in_training(run.path):
+        return "in training"
+    last = _last_event(run.events)
     if last.get("event") == "Finished":
         return str(last.get("status") or "finished")
     return "failed" if last.get("event") == "Failed" else "unfinished"
@@ -308,14 +309,6 @@ def _last_event(events: Path) -> Mapping[str, Any]:
     return {}
 
 
-def _in_training(path: Path) -> bool:
-    run = RunFolder(path)
-    if not run.config.is_file() or _status(run.events) != "unfinished":
-        return False
-    newest = max(file.stat().st_mtime for file in (run.config, run.events) if file.is_file())
-    return datetime.datetime.now().timestamp() - newest < _SILENT_SECONDS
-
-
 def _origin(entry: ModelEntry, by_path: Mapping[Path, ModelEntry]) -> ModelEntry | None:
     """Return the entry that another one was started from; `by_path` has all entries by their resolved paths."""
     if not entry.start_model:
@@ -335,10 +328,12 @@ def _origin(entry: ModelEntry, by_path: Mapping[Path, ModelEntry]) -> ModelEntry
 
 def _check_name(folder: Path, name: str, besides: ModelEntry | None = None) -> None:
     name = name.strip()
-    if not name or len(name) > _MAX_NAME or not name.isprintable() or any(sign in name for sign in '/\\:*?"<>|'):
+    known_as_folders = not name.strip(".")
+    signs = any(sign in name for sign in '/\\:*?"<>|')
+    if known_as_folders or len(name) > _MAX_NAME or not name.isprintable() or signs:
         raise ConfigError(
             f"name: found {name[:_MAX_NAME]!r}; expected 1 to {_MAX_NAME} printable characters, none of "
-            '/ \\ : * ? " < > |'
+            '/ \\ : * ? " < > |, and not dots alone'
         )
     for entry in list_models(folder):
         if (besides is None or entry.path != besides.path) and name in (entry.name, entry.path.name):

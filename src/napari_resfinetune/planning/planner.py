@@ -15,6 +15,7 @@ from napari_resfinetune.config import FrozenStrategy
 from napari_resfinetune.models.names import ARCHITECTURES
 from napari_resfinetune.planning.levers import Pulled, Work, pull_lever
 from napari_resfinetune.planning.limits import WORKER_GB
+from napari_resfinetune.words import duration
 
 # GB that a process takes before its first tensor: Python, torch, micro-sam; on a card also the driver's context.
 LIBRARIES_GB = {"cpu": 1.0, "cuda": 3.0, "mps": 1.0}
@@ -202,17 +203,6 @@ def make_plan(
             return plan
         work, lever = smaller
         pulled.append(lever)
-
-
-def duration(seconds: float) -> str:
-    """Say a time in words, as ``3 min 20 s``."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def own_memory_gb(peak_gb: float, work: Work) -> float:

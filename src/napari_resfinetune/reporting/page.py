@@ -15,11 +15,11 @@ import jinja2
 
 from napari_resfinetune.errors import ConfigError
 from napari_resfinetune.events import Finished
-from napari_resfinetune.planning.planner import duration
 from napari_resfinetune.reporting.curves import draw_comparison, draw_curves
 from napari_resfinetune.reporting.pictures import draw_pictures
 from napari_resfinetune.reporting.run import RunView, view_run
 from napari_resfinetune.training.run_folder import RunFolder, check_writable
+from napari_resfinetune.words import duration
 
 NAME = "report.html"
 

@@ -13,9 +13,9 @@ from typing import Any
 from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.errors import ConfigError
 from napari_resfinetune.events import Finished
-from napari_resfinetune.planning.planner import duration
 from napari_resfinetune.reporting.citations import Citation, citations_for
 from napari_resfinetune.training.run_folder import RunFolder, open_run
+from napari_resfinetune.words import duration
 
 STATUS_WORDS = {
     "finished": "finished all epochs",

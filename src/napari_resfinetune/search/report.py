@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from skimage.segmentation import find_boundaries
 
 from napari_resfinetune.evaluation.prompted import prompts_from_labels
-from napari_resfinetune.planning.planner import duration
 from napari_resfinetune.search.patches import SearchPatch
 from napari_resfinetune.search.results import Suggestion, Suggestions
 from napari_resfinetune.search.state import Search
 from napari_resfinetune.search.zero_shot import automatic, box_prompts, grid_points, point_prompts, prompted_masks
+from napari_resfinetune.words import duration
 
 REPORT, PICTURES, TIMES = "report.html", "pictures", "times.png"
 MOST_PICTURES = 24

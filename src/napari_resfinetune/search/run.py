@@ -14,7 +14,6 @@ from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.errors import ConfigError
 from napari_resfinetune.events import OnEvent, StopToken
 from napari_resfinetune.planning import probe_hardware, within_limits
-from napari_resfinetune.planning.planner import duration
 from napari_resfinetune.search.candidates import find_candidates, possible_downloads
 from napari_resfinetune.search.compare import compare, load_all
 from napari_resfinetune.search.features import SharedEncoder
@@ -30,6 +29,7 @@ from napari_resfinetune.search.timing import predict_search, time_finetuning
 from napari_resfinetune.training.prepare import choose_setup
 from napari_resfinetune.training.run_folder import RunFolder, check_writable
 from napari_resfinetune.training.step import DTYPES, StepSettings
+from napari_resfinetune.words import counted, duration
 
 SCORES, FEATURES, RESULT = "scores.json", "features", "search.json"
 # Of the RAM that may be taken, for models that are not in use.
@@ -169,8 +169,8 @@ def _prepare(
         search.say(text)
     seconds = predict_search(config, setup, hardware, found, len(data.patches))
     search.say(
-        f"{len(found)} models on {len(data.patches)} patches of {len(data.groups)} images: about {duration(seconds)} "
-        "if nothing is shared or kept from before"
+        f"{counted(len(found), 'model')} on {len(data.patches)} patches of {counted(len(data.groups), 'image')}: "
+        f"about {duration(seconds)} if nothing is shared or kept from before"
     )
     load_all(search, found, share=options.share)
     return search, within_limits(setup.limits, setup.device, hardware, enforce=False)

@@ -42,6 +42,7 @@ from napari_resfinetune.planning import (
 from napari_resfinetune.training.job import TrainingJob
 from napari_resfinetune.training.run_folder import RunFolder
 from napari_resfinetune.training.step import frozen_units, step_settings
+from napari_resfinetune.words import counted
 
 PATCHES_TO_MEASURE = 16
 COMPILERS = ("g++", "clang++", "cl")
@@ -133,7 +134,7 @@ def open_data(config: FinetuneConfig, images: Any = None, labels: Any = None) ->
         "given",
         whole_regions(both.pairs, range(count)),
         whole_regions(both.pairs, range(len(found.pairs), len(both.pairs))),
-        f"{count} images to train on, {len(held_out.pairs)} held out, as given",
+        f"{counted(count, 'image')} to train on, {len(held_out.pairs)} held out, as given",
     )
     empty = [name for name, part in (("images", split.train), ("held-out images", split.validation)) if not part]
     if empty:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from napari_resfinetune.config import FinetuneConfig, read_config, write_config
 from napari_resfinetune.errors import ConfigError, ResourceError
@@ -17,6 +20,9 @@ from napari_resfinetune.events import EpochEnded, Event
 
 # In a folder of copies of layers, which belong to the run beside it and go with it.
 COPIES_MARK = ".copies-of-layers"
+_LOCK = ".training.lock"
+# Longer than somebody takes who only looks whether it is held.
+_LOCK_SECONDS = 2.0
 METRICS = (
     "epoch",
     "train_loss",
@@ -168,6 +174,43 @@ def open_run(path: Path) -> tuple[RunFolder, FinetuneConfig]:
     if not run.config.is_file():
         raise ConfigError(f"{path}: not a run folder (no config.yaml in it); give the folder that train wrote")
     return run, read_config(run.config)
+
+
+@contextlib.contextmanager
+def training_alone(run: RunFolder) -> Iterator[None]:
+    """Keep other processes from training in an existing run folder; the system ends this with the process.
+
+    Raises
+    ------
+    ConfigError
+        When another process trains there.
+    """
+    lock = FileLock(run.path / _LOCK)
+    try:
+        lock.acquire(timeout=_LOCK_SECONDS)
+    except Timeout:
+        raise ConfigError(
+            f"{run.path}: another process is training here; stop it, or wait until it has ended"
+        ) from None
+    except (OSError, NotImplementedError):  # a file system without locks, or a folder that can't be written to
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_in_training(path: Path) -> bool:
+    """Whether a process is training in a run folder."""
+    if not (path / _LOCK).is_file():
+        return False
+    try:
+        with FileLock(path / _LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return False
 
 
 class RunLog:

@@ -42,7 +42,7 @@ from napari_resfinetune.training.prepare import (
 )
 from napari_resfinetune.training.ranks import Ranks, joined_ranks, per_process
 from napari_resfinetune.training.result import TrainResult
-from napari_resfinetune.training.run_folder import RunFolder, RunLog, create_run
+from napari_resfinetune.training.run_folder import RunFolder, RunLog, create_run, training_alone
 from napari_resfinetune.training.survival import OutOfMemory, is_out_of_memory
 
 # The first steps of a process warm up.
@@ -95,8 +95,8 @@ def run_training(
         Before anything is written wherever possible.
     """
     how: dict[str, Any] = {"resume": resume, "keep_levers": keep_levers}
-    with joined_ranks(config) as ranks:
-        return _run_training(config, images, labels, on_event, stop, ranks, ending, enforce=enforce, **how)
+    with joined_ranks(config) as ranks, contextlib.ExitStack() as held:
+        return _run_training(config, images, labels, on_event, stop, ranks, held, ending, enforce=enforce, **how)
 
 
 def _run_training(
@@ -106,6 +106,7 @@ def _run_training(
     on_event: OnEvent | None,
     stop: StopToken | None,
     ranks: Ranks,
+    held: contextlib.ExitStack,
     ending: Ending | None,
     *,
     resume: bool,
@@ -115,6 +116,8 @@ def _run_training(
     run = RunFolder(Path(str(config.output)))
     if resume and config.data.images is None and images is None:
         raise ConfigError(f"{config.output}: the run was given arrays; resume it from Python with the same arrays")
+    if resume and ranks.is_first:
+        held.enter_context(training_alone(run))
     data = open_data(config, images, labels)
     if resume:
         check_same_split(run.read_json("split.json"), data, run)
@@ -137,6 +140,7 @@ def _run_training(
             job, learning = make_job(config, run, data, setup, location, foreign_gb)
             if not resume and ranks.is_first:
                 create_run(run.path, job.config)
+                held.enter_context(training_alone(run))
                 run.write_json("environment.json", environment_report(hardware))
                 run.write_json("plan.json", {**setup.to_dict(), **plan.to_dict()})
                 run.write_json("split.json", data.split.to_dict(data.pairs))

@@ -6,7 +6,7 @@ from qtpy.QtWidgets import QWidget
 
 from napari_resfinetune.widgets.controller import Controller
 from napari_resfinetune.widgets.parts import Words
-from napari_resfinetune.widgets.words import gigabytes
+from napari_resfinetune.words import gigabytes
 
 
 class EngineStatus(Words):

@@ -28,8 +28,12 @@ def has_model(entry: ModelEntry) -> bool:
 
 def can_go_on(entry: ModelEntry) -> bool:
     """Whether a run was paused, stopped or cut off, and its checkpoint is there."""
-    ended = entry.status in ("finished", "early_stopped")
-    return not ended and (entry.path / "checkpoints" / "latest").is_dir() and (entry.path / "config.yaml").is_file()
+    ended_or_runs = entry.status in ("finished", "early_stopped", "in training")
+    return (
+        not ended_or_runs
+        and (entry.path / "checkpoints" / "latest").is_dir()
+        and (entry.path / "config.yaml").is_file()
+    )
 
 
 def score_of(entry: ModelEntry) -> str:

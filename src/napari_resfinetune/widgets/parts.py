@@ -11,7 +11,7 @@ from qtpy.QtGui import QColor, QPainter, QPaintEvent, QPen, QPolygonF
 from qtpy.QtWidgets import QHBoxLayout, QLabel, QSizePolicy, QVBoxLayout, QWidget
 
 from napari_resfinetune.widgets.theme import Colours, colours_of, connect_for_life
-from napari_resfinetune.widgets.words import gigabytes
+from napari_resfinetune.words import gigabytes
 
 # Of a limit: from here on a prediction is amber; beyond the limit it is red.
 TIGHT = 0.8

@@ -28,7 +28,7 @@ from napari_resfinetune.widgets.finetune.running import show_labels, shown_slice
 from napari_resfinetune.widgets.layer_choice import LayerChoice
 from napari_resfinetune.widgets.model_choice import ModelChoice
 from napari_resfinetune.widgets.parts import Rows, Words
-from napari_resfinetune.widgets.words import counted, duration
+from napari_resfinetune.words import counted, rough_duration
 
 LIVE_MS = 250
 # mode, name, when to take it
@@ -221,7 +221,7 @@ class SegmentWidget(Docked):
         self._image, self._planes, self._edited = image, planes, False
         self.result.events.paint.disconnect(self._was_edited)
         self.result.events.paint.connect(self._was_edited)
-        self.note.say(f"{counted(answer['objects'], 'object')} in {duration(answer['seconds'])}.", "muted")
+        self.note.say(f"{counted(answer['objects'], 'object')} in {rough_duration(answer['seconds'])}.", "muted")
         self._show_busy(False)
 
     def _is_edited(self) -> bool:

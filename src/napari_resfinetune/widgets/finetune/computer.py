@@ -12,7 +12,7 @@ from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.widgets.controller import Controller
 from napari_resfinetune.widgets.finetune.advanced import AdvancedForm
 from napari_resfinetune.widgets.parts import Gauge, Rows, Words, heading
-from napari_resfinetune.widgets.words import gigabytes, time_range
+from napari_resfinetune.words import gigabytes, time_range
 
 PLAN_MS = 250
 STARTING = "The engine is starting; the prediction follows."

@@ -30,7 +30,7 @@ from napari_resfinetune.widgets.draft import PairItem
 from napari_resfinetune.widgets.pairing import best_labels, open_sample_cells, pairs_of_layers
 from napari_resfinetune.widgets.parts import Words, heading
 from napari_resfinetune.widgets.theme import connect_for_life, follow_layers
-from napari_resfinetune.widgets.words import counted
+from napari_resfinetune.words import counted
 
 CHECK_MS = 300
 # Heights in the list: a pair, a problem, and all of it.

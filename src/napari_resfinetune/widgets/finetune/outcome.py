@@ -14,7 +14,7 @@ from napari_resfinetune.widgets.draft import Round
 from napari_resfinetune.widgets.finetune.running import summary_of
 from napari_resfinetune.widgets.parts import Curve, Words
 from napari_resfinetune.widgets.training_run import History, State
-from napari_resfinetune.widgets.words import counted, duration, gigabytes
+from napari_resfinetune.words import counted, gigabytes, rough_duration
 
 REASONS = "Usual reasons: few or inconsistent labels, objects much larger than the patch, or too few epochs."
 MORE_EPOCHS = 50
@@ -160,7 +160,7 @@ def in_words(state: State, history: History) -> tuple[str, str, str]:
     result = history.result
     if result.get("best_epoch", -1) < 0:
         return "Stopped before the first epoch ended.", "warning", "There is no model yet. It can go on where it was."
-    ran = f"{duration(result['seconds'])}, at most {gigabytes(result['peak_memory_gb'])} GB."
+    ran = f"{rough_duration(result['seconds'])}, at most {gigabytes(result['peak_memory_gb'])} GB."
     how = {
         "early_stopped": f"Stopped by itself: no better since epoch {result['best_epoch'] + 1}.",
         "stopped": f"Stopped by you in {where}.",

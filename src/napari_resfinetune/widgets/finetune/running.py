@@ -23,7 +23,7 @@ from napari_resfinetune.widgets.exports import axes_of
 from napari_resfinetune.widgets.parts import Curve, Gauge, Rows, Words
 from napari_resfinetune.widgets.theme import follow_layers
 from napari_resfinetune.widgets.training_run import State
-from napari_resfinetune.widgets.words import counted, duration
+from napari_resfinetune.words import counted, rough_duration
 
 PREVIEW = "preview of the training"
 BEST, LATEST = "best", "latest"
@@ -128,7 +128,7 @@ class RunningPage(QWidget):
         if self._training.state is not State.RUNNING or seconds is None:
             return ""
         early = ", less if it stops early" if history.config.get("training", {}).get("early_stopping") else ""
-        return f"{history.share_done:.0%} · at most {duration(seconds)} left{early}"
+        return f"{history.share_done:.0%} · at most {rough_duration(seconds)} left{early}"
 
     def _show_log(self) -> None:
         history = self._training.history

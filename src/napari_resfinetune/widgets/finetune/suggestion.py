@@ -13,7 +13,7 @@ from napari_resfinetune.models.names import KNOWN_MODELS, is_downloaded
 from napari_resfinetune.widgets.controller import Controller
 from napari_resfinetune.widgets.own_models import own_models
 from napari_resfinetune.widgets.parts import Words
-from napari_resfinetune.widgets.words import duration
+from napari_resfinetune.words import rough_duration
 
 # Own runs that are compared, newest first.
 MOST_OWN_MODELS = 5
@@ -97,7 +97,7 @@ class Suggestion(QObject):
     def _show_progress(self, event: dict[str, Any]) -> None:
         if event["event"] != "Searched":
             return
-        left = f", {duration(event['seconds_left'])} left" if event["done"] else ""
+        left = f", {rough_duration(event['seconds_left'])} left" if event["done"] else ""
         self.words.say(f"Looking with {_short(event['model'])}: {event['done']} of {event['total']}{left}", "muted")
 
     def _answered(self, found: dict[str, Any]) -> None:

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 
 def duration(seconds: float) -> str:
+    """Say a time in words, as ``3 min 20 s``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def rough_duration(seconds: float) -> str:
     """Say a time roughly: ``40 s``, ``4 min``, ``1 h 12 min``, ``3 days``."""
     if seconds < 60:
         return f"{max(1, round(seconds))} s"
@@ -20,7 +31,7 @@ def duration(seconds: float) -> str:
 
 def time_range(least: float, most: float) -> str:
     """Say a range of times; one word when both ends read the same."""
-    low, high = duration(least), duration(most)
+    low, high = rough_duration(least), rough_duration(most)
     return low if low == high else f"{low} to {high}"
 
 
