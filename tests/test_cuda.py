@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import napari_resfinetune as rf
+from napari_resfinetune.config.cache import cache_folder
 from napari_resfinetune.data.synthetic import make_sample
 from napari_resfinetune.events import Event, MemoryLever, Step
 from napari_resfinetune.planning import probe_hardware
-from napari_resfinetune.planning.calibration import calibration_file
+from napari_resfinetune.planning.calibration import FILE as CALIBRATION
 from napari_resfinetune.training.step import StepSettings, backward_samples
 from small_runs import SMALL, TRAINING, run, weights
 from test_step import (
@@ -109,7 +110,7 @@ def test_a_card_that_runs_out_of_memory_makes_levers_be_pulled_and_changes_no_we
     needed_gb = max(event.peak_memory_gb for event in calm if isinstance(event, Step))
     monkeypatch.setenv("RESFINETUNE_CACHEDIR", str(tmp_path))
     card = probe_hardware().gpus[0].name
-    calibration_file().write_text(json.dumps({f"memory, {card}, keep": {"factor": 0.1}}))
+    (cache_folder() / CALIBRATION).write_text(json.dumps({f"memory, {card}, keep": {"factor": 0.1}}))
     events: list[Event] = []
     result = run(cells, tmp_path / "tight", events, resources={**CARD, "gpu_memory_gb": 0.8 * needed_gb}, **work)
     assert result.status == "finished"

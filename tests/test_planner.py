@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import napari_resfinetune as rf
 from napari_resfinetune.config import FrozenStrategy, FullStrategy, LateStrategy, make_config
+from napari_resfinetune.config.cache import cache_folder
 from napari_resfinetune.planning import (
     Hardware,
     Length,
@@ -29,9 +31,10 @@ from napari_resfinetune.planning import (
     what_else,
     what_larger,
 )
-from napari_resfinetune.planning.calibration import calibration_file
-from napari_resfinetune.training import dry_run, losses
+from napari_resfinetune.planning.calibration import FILE as CALIBRATION
+from napari_resfinetune.training import dry_run, kept_costs, losses
 from napari_resfinetune.training.dry_run import step_cost
+from napari_resfinetune.training.kept_costs import PartCost
 
 LENGTH = Length(epochs=2, steps_per_epoch=50, validation_samples=5, patches_kept=55)
 SMALL = Work("vit_t", patch_px=64, input_px=128, objects=4)
@@ -129,11 +132,10 @@ def test_one_head_stands_for_all_of_them_in_a_dry_run(monkeypatch):
     work = Work("vit_b", patch_px=256, input_px=512, targets="instances")
     quick = step_cost(work)
     monkeypatch.setattr(dry_run._Count, "first_for_all", lambda self, number: range(number))
-    dry_run._encoder_cost.cache_clear()
+    monkeypatch.setattr(dry_run, "_encoder_cost", inspect.unwrap(dry_run._encoder_cost))
     whole = step_cost(work)
     assert quick.tflop == pytest.approx(whole.tflop)
     assert quick.activations_gb == pytest.approx(whole.activations_gb, rel=0.01)
-    dry_run._encoder_cost.cache_clear()
 
 
 def test_a_dry_run_sees_what_strategy_levers_and_objects_do():
@@ -160,8 +162,7 @@ def test_a_dry_run_sees_what_strategy_levers_and_objects_do():
 
 def test_a_dry_run_leaves_nothing_behind_that_a_real_step_would_meet():
     losses._interpolation.cache_clear()
-    step_cost.__globals__["_mask_cost"].cache_clear()
-    step_cost(SMALL)
+    inspect.unwrap(dry_run._mask_cost)(SMALL)
     assert losses._interpolation.cache_info().currsize == 0
     assert type(losses._interpolation(4, 16, 16, 8, torch.device("cpu"), torch.float32)) is torch.Tensor
 
@@ -202,7 +203,7 @@ def test_limits_come_from_what_was_asked_the_preset_and_what_is_free():
 @pytest.fixture
 def own_calibration(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("RESFINETUNE_CACHEDIR", str(tmp_path))
-    return calibration_file()
+    return cache_folder() / CALIBRATION
 
 
 def test_runs_correct_the_next_prediction(own_calibration):
@@ -225,3 +226,29 @@ def test_runs_correct_the_next_prediction(own_calibration):
 def test_a_damaged_calibration_is_as_good_as_none(own_calibration, content):
     own_calibration.write_text(content)
     assert not rates_here(SMALL, Hardware("a CPU", 2, 2, 16.0, 12.0), "cpu", 2).measured
+
+
+def test_a_dry_run_happens_once_for_all_processes(own_calibration, monkeypatch):
+    def as_another_process() -> PartCost:
+        dry_run._mask_cost.cache_clear()
+        return dry_run._mask_cost(SMALL)
+
+    found = as_another_process()
+    calls: list[str] = []
+    real = dry_run._fake_model
+    monkeypatch.setattr(dry_run, "_fake_model", lambda *what: (calls.append("dry run"), real(*what))[1])
+    assert as_another_process() == found and not calls
+    file = cache_folder() / kept_costs.FILE
+    content = json.loads(file.read_text())
+    for damaged in (
+        "no json",
+        "[1]",
+        json.dumps({**content, "figures": [1]}),
+        json.dumps({**content, "figures": {key: {"tflop": "x"} for key in content["figures"]}}),
+        json.dumps({**content, "figures": {key: {"what": 1.0} for key in content["figures"]}}),
+        json.dumps({**content, "code": "of yesterday"}),
+    ):
+        file.write_text(damaged)
+        calls.clear()
+        assert as_another_process() == found and calls, damaged
+        assert json.loads(file.read_text()) == content

@@ -14,9 +14,10 @@ import tifffile
 import torch
 
 import napari_resfinetune as rf
+from napari_resfinetune.config.cache import cache_folder
 from napari_resfinetune.events import Event, Failed, MemoryLever, Started, Step
 from napari_resfinetune.planning import probe_hardware
-from napari_resfinetune.planning.calibration import calibration_file
+from napari_resfinetune.planning.calibration import FILE as CALIBRATION
 from napari_resfinetune.training import loop
 from napari_resfinetune.training.survival import go_back, remember
 from small_runs import SMALL, TRAINING, run, weights
@@ -196,7 +197,7 @@ def hopeful_plan(tmp_path, monkeypatch):
     """Let the planner believe that everything fits, so that all is left to the trainer."""
     monkeypatch.setenv("RESFINETUNE_CACHEDIR", str(tmp_path))
     key = f"memory, {probe_hardware().cpu}, keep"
-    calibration_file().write_text(json.dumps({key: {"factor": 0.1}}))
+    (cache_folder() / CALIBRATION).write_text(json.dumps({key: {"factor": 0.1}}))
 
 
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps a limit on a process")

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from napari_resfinetune.config.cache import cache_folder
 from napari_resfinetune.inference.tiling import TileEmbedding, embed_tile, plan_tiles
 from napari_resfinetune.models import SamModel, encoder_units, resized_shape, weights_hash
 from napari_resfinetune.training.feature_cache import FeatureCache, name_of_part
@@ -36,10 +37,8 @@ _PACKAGES = ("napari-resfinetune", "micro-sam", "python-elf", "torch", "scipy", 
 
 
 def evaluation_folder() -> Path:
-    """Return where this user's embeddings and scores are; ``RESFINETUNE_CACHEDIR`` moves it."""
-    import pooch
-
-    return Path(os.environ.get("RESFINETUNE_CACHEDIR") or pooch.os_cache("napari-resfinetune")) / "evaluation"
+    """Return where this user's embeddings and scores are."""
+    return cache_folder() / "evaluation"
 
 
 class Store:

@@ -1,18 +1,12 @@
-"""What this machine made of earlier runs, kept in one small file, so that the next prediction is nearer.
-
-The file lies in the user's cache folder (``RESFINETUNE_CACHEDIR`` moves it) and may be deleted at any time.
-"""
+"""What this machine made of earlier runs, kept in one small file, so that the next prediction is nearer."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
-import os
 import time
-from pathlib import Path
 from typing import Any
 
+from napari_resfinetune.config.cache import read_cached, write_cached
 from napari_resfinetune.planning.hardware import Hardware
 from napari_resfinetune.planning.levers import Work
 from napari_resfinetune.planning.planner import Rates, own_memory_gb
@@ -26,13 +20,6 @@ _PRODUCT_SIDE = {"cpu": 2048, "cuda": 4096, "mps": 2048}
 _TELLING_GB = 2.0
 _MEASURE_SECONDS = 0.3
 FILE = "machine.json"
-
-
-def calibration_file() -> Path:
-    """Return where the figures of this machine are."""
-    import pooch
-
-    return Path(os.environ.get("RESFINETUNE_CACHEDIR") or pooch.os_cache("napari-resfinetune")) / FILE
 
 
 def rates_here(work: Work, hardware: Hardware, device: str, threads: int) -> Rates:
@@ -123,27 +110,14 @@ def _measure_tflops(precision: str, device: str, threads: int) -> float:
 
 
 def _read() -> dict[str, Any]:
-    try:
-        known = json.loads(calibration_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(known, dict):
-        return {}
-    numbers = {
+    return {
         key: {n: v for n, v in entry.items() if isinstance(v, int | float) and v > 0}
-        for key, entry in known.items()
+        for key, entry in read_cached(FILE).items()
         if isinstance(entry, dict)
     }
-    return numbers
 
 
 def _merge(key: str, values: dict[str, float]) -> None:
     """Put figures into the file; two processes at once may lose one of theirs, which the next run brings again."""
     known = _read()
-    known[key] = {**known.get(key, {}), **values}
-    file = calibration_file()
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_name(f".{file.name}.{os.getpid()}")
-        new.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        os.replace(new, file)
+    write_cached(FILE, {**known, key: {**known.get(key, {}), **values}})

@@ -10,7 +10,7 @@ import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -30,6 +30,7 @@ from napari_resfinetune.planning.levers import Work
 from napari_resfinetune.planning.memory import GB
 from napari_resfinetune.planning.planner import StepCost
 from napari_resfinetune.training import losses as losses_code
+from napari_resfinetune.training.kept_costs import PartCost, kept
 from napari_resfinetune.training.losses import low_res_mask_loss
 from napari_resfinetune.training.prompts import Prompts
 from napari_resfinetune.training.step import (
@@ -53,7 +54,7 @@ def step_cost(work: Work) -> StepCost:
     """
     encoder = _encoder_cost(_only(work, "device", "precision", "input_px", "positions", "checkpoint_encoder",
                                   "micro_batch", "keep_features", "patch_px"))  # fmt: skip
-    instance = mask = _Part()
+    instance = mask = PartCost()
     if work.targets != "masks":
         instance = _instance_cost(_only(work, "device", "precision", "input_px", "patch_px",
                                         "checkpoint_instance_decoder"))  # fmt: skip
@@ -71,11 +72,10 @@ def step_cost(work: Work) -> StepCost:
     }
     rounds = work.batch_size * work.sub_iterations * work.objects / chunk
     passes = work.batch_size / work.micro_batch * (2 if work.update == "alternating" and work.targets == "both" else 1)
-    model = _fake_model(work.architecture, work.strategy, work.targets)[1]
-    learning_gb = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4 / GB
+    weights = _weights_cost(_only(work))
     return StepCost(
-        weights_gb=sum(p.numel() for p in model.parameters()) * 4 / GB,
-        optimizer_gb=ADAM_MOMENTS * learning_gb,
+        weights_gb=weights.held_gb,
+        optimizer_gb=ADAM_MOMENTS * weights.gradients_gb,
         activations_gb=parts,
         tflop={
             "image encoder": encoder.tflop * passes,
@@ -87,30 +87,22 @@ def step_cost(work: Work) -> StepCost:
     )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Tensors of a part of the step in GB: most alive going forward (decoders: at all) and backward, alive in between.
-
-    `gradients_gb` stay until the optimizer has used them; `frozen_tflop` is the share below the first unit that learns.
-    """
-
-    forward_gb: float = 0.0
-    held_gb: float = 0.0
-    backward_gb: float = 0.0
-    gradients_gb: float = 0.0
-    tflop: float = 0.0
-    frozen_tflop: float = 0.0
-    features_gb: float = 0.0
-
-
 def _only(work: Work, *fields: str) -> Work:
     """Return the work with everything else at its default, so that what does not matter here is not computed again."""
     kept = {field: getattr(work, field) for field in (*fields, "strategy", "targets")}
     return Work(work.architecture, **kept)
 
 
-@functools.lru_cache(maxsize=256)
-def _encoder_cost(work: Work) -> _Part:
+@kept
+def _weights_cost(work: Work) -> PartCost:
+    parameters = list(_fake_model(work.architecture, work.strategy, work.targets)[1].parameters())
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    all_gb, learning_gb = (4 * sum(each.numel() for each in some) / GB for some in (parameters, learning))
+    return PartCost(held_gb=all_gb, gradients_gb=learning_gb)
+
+
+@kept
+def _encoder_cost(work: Work) -> PartCost:
     with _dry(work) as (model, settings, count):
         units = encoder_units_of(model, settings)
         first = first_that_learns(units)
@@ -125,7 +117,7 @@ def _encoder_cost(work: Work) -> _Part:
         count.peak = count.now
         if embedding.requires_grad:
             embedding.backward(torch.empty_like(embedding))
-        return _Part(
+        return PartCost(
             forward_gb=forward / GB,
             held_gb=held / GB,
             backward_gb=count.peak / GB,
@@ -136,8 +128,8 @@ def _encoder_cost(work: Work) -> _Part:
         )
 
 
-@functools.lru_cache(maxsize=256)
-def _instance_cost(work: Work) -> _Part:
+@kept
+def _instance_cost(work: Work) -> PartCost:
     with _dry(work) as (model, settings, count):
         leaf = _leaf(work)
         image, labels = torch.empty(3, work.patch_px, work.patch_px), torch.empty(work.patch_px, work.patch_px)
@@ -145,11 +137,11 @@ def _instance_cost(work: Work) -> _Part:
         loss = instance_part(model, leaf, sample, (work.input_px, work.input_px), settings)
         loss.backward()
         del loss  # and with it what its graph holds
-        return _Part(count.peak / GB, gradients_gb=count.now / GB, tflop=count.flop / 1e12)
+        return PartCost(count.peak / GB, gradients_gb=count.now / GB, tflop=count.flop / 1e12)
 
 
-@functools.lru_cache(maxsize=256)
-def _mask_cost(work: Work) -> _Part:
+@kept
+def _mask_cost(work: Work) -> PartCost:
     with _dry(work) as (model, settings, count):
         leaf, objects, size = _leaf(work), work.objects, (work.patch_px, work.patch_px)
         prompts = Prompts(torch.empty(objects, POINTS, 2), torch.ones(objects, POINTS, dtype=torch.int32), None)
@@ -162,7 +154,7 @@ def _mask_cost(work: Work) -> _Part:
         loss = low_res_mask_loss(low_res, masks, iou, input_size=(work.input_px, work.input_px), input_px=work.input_px)
         (loss.mask + loss.iou).backward()
         del loss, low_res, iou
-        return _Part(count.peak / GB, gradients_gb=count.now / GB, tflop=count.flop / 1e12)
+        return PartCost(count.peak / GB, gradients_gb=count.now / GB, tflop=count.flop / 1e12)
 
 
 def _leaf(work: Work) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from qtpy.compat import isalive
 from qtpy.QtCore import QEvent, QObject, QTimer, Signal
 from qtpy.QtWidgets import QApplication, QMainWindow, QMessageBox, QWidget
 
+from napari_resfinetune.config.cache import read_cached, write_cached
 from napari_resfinetune.widgets.draft import Draft, Round
 from napari_resfinetune.widgets.engine_client import EngineClient
 from napari_resfinetune.widgets.exports import Exporter
@@ -48,7 +48,7 @@ class Controller(QObject):
         self.folder = Path(self._folder.name)
         self.engine = EngineClient(self.folder, parent=self)
         self.exporter = Exporter(self.folder / "layers", parent=self)
-        self.draft = Draft(Path(_read_settings().get("runs_folder", RUNS_FOLDER)), parent=self)
+        self.draft = Draft(Path(read_cached(SETTINGS).get("runs_folder", RUNS_FOLDER)), parent=self)
         self.training = TrainingRun(self.engine, parent=self)
         self.computer: dict[str, Any] = {}
         self.last_model = ""
@@ -72,7 +72,7 @@ class Controller(QObject):
     def set_runs_folder(self, folder: Path) -> None:
         """Remember where runs are kept."""
         self.draft.runs_folder = folder
-        _write_settings({**_read_settings(), "runs_folder": str(folder)})
+        write_cached(SETTINGS, {**read_cached(SETTINGS), "runs_folder": str(folder)})
         self.models_changed.emit()
 
     def attach(self, widget: QWidget) -> None:
@@ -187,25 +187,3 @@ def _remove_what_dead_windows_left() -> None:
         owner = folder.name.removeprefix(SCRATCH).partition("-")[0]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
             threading.Thread(target=shutil.rmtree, args=(folder, True), name="remove scratch", daemon=True).start()
-
-
-def _settings_file() -> Path:
-    import pooch
-
-    return Path(os.environ.get("RESFINETUNE_CACHEDIR") or pooch.os_cache(PLUGIN)) / SETTINGS
-
-
-def _read_settings() -> dict[str, Any]:
-    try:
-        found = json.loads(_settings_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _write_settings(values: dict[str, Any]) -> None:
-    file = _settings_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(values), encoding="utf-8")
-    os.replace(partial, file)
