@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
-from torch_em.transform.label import PerObjectDistanceTransform
 
 from napari_resfinetune.config import AugmentConfig, DataConfig
 from napari_resfinetune.data.pairs import Pair, to_channels
@@ -298,6 +297,9 @@ def instance_targets(labels: NDArray[np.int64], min_object_px: int) -> NDArray[n
     """
     if not labels.any():
         return None
+    # Not at the top: it loads all of torch_em, which takes longer than torch, and a plan needs none of it.
+    from torch_em.transform.label import PerObjectDistanceTransform
+
     transform = PerObjectDistanceTransform(
         distances=True,
         boundary_distances=True,
