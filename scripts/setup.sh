@@ -2,7 +2,7 @@
 # What the Makefile needs before it can work.
 #
 #   setup.sh env EXTRAS     .venv with this package (editable) and the named extras, e.g. "test" or "test,dev"
-#   setup.sh libraries      Debian's libraries for Qt and Xvfb, and Chromium, in which a test opens reports
+#   setup.sh libraries      Debian's libraries for Qt and Xvfb; for single tests Chromium, which opens reports, and SLURM
 #   setup.sh slurm          SLURM for its tests (scripts/slurm.sh)
 #   setup.sh constraints    constraints.txt anew, from pyproject.toml and the registry
 set -euo pipefail
@@ -103,8 +103,9 @@ install_libraries() {
     grep -qxF "$package" <<<"$there" || missing+=("$package")
   done
   [ ${#missing[@]} -eq 0 ] || apt_install "${missing[@]}"
-  # One test needs it and is skipped without, so where it cannot be had that is no reason to stop.
+  # Single tests need these and are skipped without, so where they cannot be had that is no reason to stop.
   grep -qxF $browser <<<"$there" || (apt_install $browser) || say "without $browser the report is not opened in a test"
+  command -v slurmctld >/dev/null || as_root bash scripts/slurm.sh install || say "without SLURM no sweep is tried on a cluster"
 }
 
 make_constraints() {

@@ -19,7 +19,7 @@ import napari_resfinetune as rf
 from napari_resfinetune.experiments import make_grid
 from napari_resfinetune.experiments.sweep import read_log
 
-pytestmark = [pytest.mark.trial, pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "slurm.sh"
 CANCELLED = "cpu-8gb_start_full_n1_s0"
@@ -37,7 +37,7 @@ def as_root() -> list[str] | None:
 def slurm():
     """Start munged, slurmctld and slurmd, and let this process and its jobs use them."""
     if sys.platform != "linux" or not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged", "sbatch")):
-        pytest.skip("needs slurm-wlm and munge (make test-slurm installs them on Debian)")
+        pytest.skip("needs slurm-wlm and munge (make test installs them on Debian)")
     root = as_root()
     if root is None:
         pytest.skip("needs root, or sudo without a password, to start the daemons of SLURM")
@@ -128,8 +128,8 @@ def test_a_sweep_ends_complete_whatever_happens_to_its_jobs(slurm, cells, tmp_pa
     # The cancelled one was handed over again, as a chain of its own.
     assert len(json.loads((output / "jobs" / CANCELLED / "submitted.json").read_text())["ids"]) == 4
     # The one that met its limit went on from its checkpoint.
-    started = [json.loads(line) for line in (output / "jobs" / TOO_LONG / "run" / "events.jsonl").open()
-               if '"Started"' in line]  # fmt: skip
+    events = (output / "jobs" / TOO_LONG / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    started = [json.loads(line) for line in events if '"Started"' in line]
     assert len(started) == 2
     assert (started[0]["epoch"], started[0]["step"]) == (0, 0) < (started[1]["epoch"], started[1]["step"])
     # The others came as arrays, each evaluation waiting for its training.

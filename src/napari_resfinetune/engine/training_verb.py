@@ -29,7 +29,8 @@ def train(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
             shutil.copytree(source, target)
         else:
             shutil.copyfile(source, target)
-        (Path(target).parents[1] / COPIES_MARK).touch()
+    for folder in {Path(target).parents[1] for _, target in request.get("copy", ())}:
+        (folder / COPIES_MARK).touch()
     return _train(config, say, stop, resume=False)
 
 
