@@ -45,7 +45,7 @@ def with_piece(labels: np.ndarray, number: int, side: int = 8) -> np.ndarray:
 
 
 def test_good_data_have_no_problem() -> None:
-    report = check([NOISE, NOISE], [squares(), squares(12)])
+    report = check([NOISE, NOISE[::-1]], [squares(), squares(12)])
     assert report == CheckReport()
     assert report.ok
     report.raise_for_errors()
@@ -79,6 +79,7 @@ BAD_NAN[3, 3:5] = np.nan, np.inf
         (np.stack([NOISE] * 4, axis=-1).astype(np.uint16), squares(), "channels"),
         (np.zeros((2, 2, 2, 64, 80)), squares(), "unusable-file"),
         (NOISE.astype(complex), squares(), "unusable-file"),
+        (np.full(NOISE.shape, np.nan), squares(), "constant-image"),
     ],
 )
 def test_errors(image: np.ndarray, labels: np.ndarray, code: str) -> None:
@@ -103,7 +104,6 @@ def test_errors(image: np.ndarray, labels: np.ndarray, code: str) -> None:
         (NOISE, np.ones_like(squares()), "huge-object", "100% of the image"),
         (np.full_like(NOISE, 9), squares(), "constant-image", "constant image"),
         (np.full_like(NOISE, 255), squares(), "constant-image", "constant image"),
-        (np.full(NOISE.shape, np.nan), squares(), "constant-image", "no finite value"),
         (np.where(NOISE > 190, 255, NOISE).astype(np.uint8), squares(), "saturated", "saturated"),
         (BAD_NAN, squares(), "not-finite", "2 values are NaN or infinite"),
         (np.stack([NOISE] * 3), np.stack([squares()] * 3), "ambiguous-axes", "taken as ZYX"),
@@ -117,7 +117,7 @@ def test_warnings(image: np.ndarray, labels: np.ndarray, code: str, found: str) 
 
 
 def test_small_images_are_padded_not_refused() -> None:
-    report = check([NOISE, NOISE], [squares(), squares()], patch_px=512)
+    report = check([NOISE, NOISE[::-1]], [squares(), squares()], patch_px=512)
     assert report.ok
     assert [str(problem) for problem in report.warnings] == [
         "image array 1 and 1 more: 64 x 80 px, smaller than the patch of 512 px, padded; "
@@ -125,8 +125,16 @@ def test_small_images_are_padded_not_refused() -> None:
     ]
 
 
+def test_the_same_image_twice_is_told() -> None:
+    report = check([NOISE, NOISE[::-1], NOISE.copy()], [squares(), squares(), squares(2)])
+    assert report.ok
+    assert [(problem.code, problem.where, problem.found) for problem in report.warnings] == [
+        ("same-image", "image array 3", "has the same pixels as image array 1")
+    ]
+
+
 def test_one_empty_label_image_among_others_is_a_warning() -> None:
-    report = check([NOISE, NOISE], [squares(), squares(0)])
+    report = check([NOISE, NOISE[::-1]], [squares(), squares(0)])
     assert report.ok
     assert codes(report.warnings) == {"empty-labels"}
 

@@ -73,6 +73,21 @@ def test_pairs_are_checked_and_split(engine, cells):
     assert [row["part"] for row in found["pairs"]] == ["held out", "train", "train"]
 
 
+def test_the_same_image_twice_is_told(engine, cells):
+    twice = [*pairs(cells), {**pairs(cells)[0], "image": pairs(cells)[0]["image"]}]
+    found = answer(engine, "check", pairs=twice, data={"patch_px": 64})
+    codes = [[problem["code"] for problem in row["problems"]] for row in found["pairs"]]
+    assert codes == [[], [], [], ["same-image"]]
+
+
+def test_sample_cells_are_drawn(engine, tmp_path):
+    samples = answer(engine, "samples", output=str(tmp_path))["samples"]
+    assert len(samples) == 3
+    for sample in samples:
+        assert np.load(sample["image"]).shape == np.load(sample["labels"]).shape == (256, 256)
+        assert np.load(sample["labels"]).max() >= 4
+
+
 def test_a_foreground_mask_is_found_and_mended(engine, cells, tmp_path):
     labels = tifffile.imread(cells / "labels" / "c0.tif")
     tifffile.imwrite(tmp_path / "c0.tif", (labels > 0).astype(np.uint8))

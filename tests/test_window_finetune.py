@@ -4,6 +4,7 @@ the real one)."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from qtpy.QtWidgets import QApplication, QMainWindow, QMessageBox, QPushButton
 
 from napari_resfinetune.events import Message
 from napari_resfinetune.widgets import controller as controller_module
+from napari_resfinetune.widgets.draft import PairItem
 from napari_resfinetune.widgets.engine_status import EngineStatus
 from napari_resfinetune.widgets.finetune import FinetuneWidget
+from napari_resfinetune.widgets.parts import Words
 from napari_resfinetune.widgets.training_run import State
 from window_helpers import COMPUTER, ScriptedEngine, an_epoch, checked, finished, plan, problem, row, started
 
@@ -269,6 +272,57 @@ def test_folders_that_are_dropped_are_paired(widget, qtbot, tmp_path):
     assert [pair.image_name for pair in widget.controller.draft.pairs] == ["a.tif"]
 
 
+def test_what_folders_leave_out_stays_in_sight(widget, qtbot, tmp_path):
+    widget.images.add_folders("images", "labels")
+    pair = {"name": "a", "image": "images/a.tif", "labels": "labels/a.tif"}
+    skipped = problem("warning", "no-labels", "no label image")
+    engine = widget.controller.engine
+    engine.answer("open_folders", {"pairs": [pair], "problems": [skipped]})
+    qtbot.waitUntil(lambda: any(request["verb"] == "check" for request in engine.requests))
+    engine.answer("check", {**checked(row(9, "both")), "note": "1 image to train on"})
+    assert widget.images.note.text() == "1 image to train on\nlabels: no label image; mend it"
+
+
+def test_an_image_has_one_place_in_the_list_with_its_newest_labels(widget, viewer, qtbot):
+    with_sample(widget, qtbot)
+    draft = widget.controller.draft
+    draft.set_pairs(replace(pair, held_out=number == 1) for number, pair in enumerate(draft.pairs))
+    image = viewer.layers["cells 2"]
+    corrected = viewer.add_labels(viewer.layers["labels 2"].data.copy(), name="corrected")
+    assert draft.add([PairItem(image, corrected)]) == 1
+    assert [pair.labels_name for pair in draft.pairs] == ["labels 1", "corrected", "labels 3"]
+    assert draft.pairs[1].held_out
+    assert draft.add([PairItem(image, corrected)]) == 0
+
+
+def test_a_pair_that_nothing_mends_can_be_left_out(widget, qtbot):
+    broken = problem("error", "float-labels", "float64 labels with fractions")
+    with_sample(widget, qtbot, row(0, None, broken), row(11, None), row(4, None))
+    first = widget.images.tree.topLevelItem(0)
+    button = widget.images.tree.itemWidget(first.child(0), 0).findChild(QPushButton)
+    assert button.text() == "Leave out"
+    click(qtbot, button)
+    assert [pair.image_name for pair in widget.controller.draft.pairs] == ["cells 2", "cells 3"]
+
+
+def test_problems_name_layers_not_files(widget, viewer, qtbot):
+    with_sample(widget, qtbot)
+    viewer.layers["cells 1"].data = viewer.layers["cells 1"].data + 1
+    viewer.layers["cells 1"].name = "my cells, 1"
+    engine = widget.controller.engine
+    count = len(engine.requests)
+    qtbot.waitUntil(
+        lambda: any(r["verb"] == "check" and "my_cells" in r["pairs"][0]["image"] for r in engine.requests[count:])
+    )
+    copy = Path(engine.sent("check")["pairs"][0]["image"])
+    found = f"shape (9, 9) differs from {copy.parent.name}/{copy.name} (8, 8)"
+    engine.answer("check", checked(row(0, None, problem("error", "axis-mismatch", found)), row(11, None), row(4, None)))
+    first = widget.images.tree.topLevelItem(0)
+    words = widget.images.tree.itemWidget(first.child(0), 0).findChild(Words)
+    assert words.text() == "Shape (9, 9) differs from my cells, 1 (8, 8)"
+    assert widget.controller.exporter.in_words(f"only one image ({copy.stem})") == "only one image (my cells, 1)"
+
+
 def test_what_does_not_fit_offers_the_smallest_change(widget, qtbot):
     with_sample(widget, qtbot)
     smaller = widget.value().model_copy(update={"model": "vit_t_lm"}).model_dump(mode="json")
@@ -294,6 +348,17 @@ def test_the_form_edits_the_one_configuration_and_refuses_nonsense(widget, qtbot
     fields["training.learning_rate"].value = "fast"
     assert "learning_rate" in widget.computer.complaint.text()
     assert widget.value() == config
+    fields["training.epochs"].value = 9  # another field, which does not hide the complaint
+    assert "learning_rate" in widget.computer.complaint.text()
+    with_sample(widget, qtbot)
+    assert widget.reason.text() == "Next: correct in Advanced: training.learning_rate."
+    assert not widget.start_button.isEnabled()
+    fields["training.learning_rate"].value = ""
+    assert widget.computer.complaint.text() == ""
+    assert widget.value().training.learning_rate == 1e-5
+    assert fields["data.patch_px"].min == 64 and fields["training.epochs"].min == 1
+    fields["training.early_stopping"].value = ""
+    assert widget.value().training.early_stopping is None
     widget.set_value(config.model_copy(update={"model": "vit_t"}))
     assert widget.model.model.combo.currentData() == "vit_t"
 

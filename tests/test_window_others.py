@@ -403,10 +403,14 @@ def test_all_widgets_open_in_napari_and_the_engine_ends_with_the_window(
 ):
     with npe2pm.tmp_plugin(manifest=package_manifest):
         viewer = make_napari_viewer(strict_qt="raise", show=True)
-        widgets = []
+        widgets, docks = [], []
         for name in ("Finetune", "Segment", "Evaluate", "Models"):
-            _, widget = viewer.window.add_plugin_dock_widget("napari-resfinetune", name)
+            dock, widget = viewer.window.add_plugin_dock_widget("napari-resfinetune", name)
             widgets.append(widget)
+            docks.append(dock)
+        # One below the other they would not fit.
+        qtbot.waitUntil(lambda: len(docks[0].parentWidget().tabifiedDockWidgets(docks[0])) == 3)
+        qtbot.waitUntil(lambda: not docks[3].visibleRegion().isEmpty())
         (controller,) = {widget.controller for widget in widgets}
         qtbot.waitUntil(lambda: controller.engine.status == "ready")
         viewer.close()

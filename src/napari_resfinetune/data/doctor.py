@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +30,8 @@ class CheckReport:
 
     errors: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()
+    prints: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """A hash of the pixels of each pair's image; empty where they could not be read or are all the same."""
 
     @property
     def ok(self) -> bool:
@@ -62,8 +65,10 @@ def check_pairs(pairs: Pairs, *, patch_px: int = 512, min_object_px: int = 25) -
     """
     problems = list(pairs.problems)
     without_objects = 0
+    prints: list[str] = []
     for pair in pairs.pairs:
-        found, has_objects = _check_pair(pair, min_object_px)
+        found, has_objects, print_ = _check_pair(pair, min_object_px)
+        prints.append(print_)
         problems += found
         without_objects += not has_objects and not any(problem.level == "error" for problem in found)
     if pairs.pairs and without_objects == len(pairs.pairs):
@@ -74,11 +79,25 @@ def check_pairs(pairs: Pairs, *, patch_px: int = 512, min_object_px: int = 25) -
         problems.append(Problem("error", "no-objects", "labels", found_text, fix))
     if not pairs.pairs and not any(problem.level == "error" for problem in problems):
         problems.append(Problem("error", "no-pairs", "images", "no image with labels", "give at least one"))
-    problems = _together([*problems, *_small_images(pairs, patch_px)])
+    same = same_images([pair.image.where for pair in pairs.pairs], prints)
+    problems = _together([*problems, *same.values(), *_small_images(pairs, patch_px)])
     return CheckReport(
         tuple(problem for problem in problems if problem.level == "error"),
         tuple(problem for problem in problems if problem.level == "warning"),
+        tuple(prints),
     )
+
+
+def same_images(names: Sequence[str], prints: Sequence[str]) -> dict[int, Problem]:
+    """Return a warning for each image that has the pixels of an earlier one, by its place."""
+    first: dict[str, str] = {}
+    found = {}
+    for number, (name, print_) in enumerate(zip(names, prints, strict=True)):
+        if print_ and print_ in first:
+            fix = "leave one out, or scores on held-out images may be of an image that was trained on"
+            found[number] = Problem("warning", "same-image", name, f"has the same pixels as {first[print_]}", fix)
+        first.setdefault(print_, name)
+    return found
 
 
 def _together(problems: list[Problem]) -> list[Problem]:
@@ -108,24 +127,26 @@ class _Facts:
     not_finite: int = 0
     low: float = np.inf
     high: float = -np.inf
+    digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
 
 
-def _check_pair(pair: Pair, min_object_px: int) -> tuple[list[Problem], bool]:
-    """Return the problems of a pair, and whether its labels hold an object that is large enough."""
+def _check_pair(pair: Pair, min_object_px: int) -> tuple[list[Problem], bool, str]:
+    """Return the problems of a pair, whether its labels hold an object that is large enough, and its image's hash."""
     problems = [*_image_axes(pair)]
     try:
         layout = [*_layout(pair)]
         if layout:
-            return [*problems, *layout], True
+            return [*problems, *layout], True, ""
         facts = _read_facts(pair, min_object_px)
         if facts.fractional or facts.noisy:
-            return [*problems, *_wrong_values(pair, facts)], True
+            return [*problems, *_wrong_values(pair, facts)], True, ""
     except DataError as error:
         where, _, rest = str(error).partition(": ")
         found, _, fix = rest.rpartition("; ")
-        return [*problems, Problem("error", "unusable-file", where, found, fix)], True
+        return [*problems, Problem("error", "unusable-file", where, found, fix)], True, ""
     problems += [*_label_problems(pair.labels, facts, min_object_px), *_image_problems(pair.image, facts)]
-    return problems, facts.objects > facts.small or facts.negative
+    print_ = facts.digest.hexdigest() if facts.low < facts.high else ""
+    return problems, facts.objects > facts.small or facts.negative, print_
 
 
 def _image_axes(pair: Pair) -> Iterator[Problem]:
@@ -240,6 +261,8 @@ def _compact(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]
 
 def _add_image(facts: _Facts, image: NDArray[Any]) -> None:
     facts.pixels += image.shape[0] * image.shape[1]
+    facts.digest.update(f"{image.dtype} {image.shape}".encode())
+    facts.digest.update(np.ascontiguousarray(image).view(np.uint8).data)
     if image.dtype.kind == "f":
         finite = np.isfinite(image)
         facts.not_finite += int(finite.size - finite.sum())
@@ -310,12 +333,13 @@ def _label_problems(labels: ArraySource, facts: _Facts, min_object_px: int) -> I
 
 def _image_problems(image: ArraySource, facts: _Facts) -> Iterator[Problem]:
     where = image.where
-    if facts.not_finite:
+    if facts.not_finite and facts.low <= facts.high:
         found = f"{facts.not_finite} values are NaN or infinite, used as 0"
         yield Problem("warning", "not-finite", where, found, "replace them if they matter")
-    if facts.low >= facts.high:
-        found = "constant image" if facts.low == facts.high else "no finite value"
-        yield Problem("warning", "constant-image", where, found, "check the export, or leave it out")
+    if facts.low > facts.high:
+        yield Problem("error", "constant-image", where, "no finite value", "check the export, or leave it out")
+    elif facts.low == facts.high:
+        yield Problem("warning", "constant-image", where, "constant image", "check the export, or leave it out")
     elif facts.saturated > SATURATED_SHARE * facts.pixels:
         found = f"{facts.saturated / facts.pixels:.0%} of the pixels are saturated"
         yield Problem("warning", "saturated", where, found, "check the exposure or the export")

@@ -109,6 +109,8 @@ def readable(where: object) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, LookupError):  # its text is about the reader's own lists
+            reason = "damaged, or not what its name says"
         fix = "check that it opens elsewhere, or export it again"
         raise problem(where, f"cannot be read ({reason})", fix) from error
 

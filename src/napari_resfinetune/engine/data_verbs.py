@@ -14,15 +14,18 @@ from numpy.typing import NDArray
 from skimage import measure
 
 from napari_resfinetune.config import DataConfig
-from napari_resfinetune.data.doctor import check_pairs
+from napari_resfinetune.data.doctor import check_pairs, same_images
 from napari_resfinetune.data.pairs import Pair, Problem, find_pairs
 from napari_resfinetune.data.sources import open_array, read_plane
 from napari_resfinetune.data.split import split_pairs
+from napari_resfinetune.data.synthetic import make_samples
 from napari_resfinetune.engine.process import Request, Say
 from napari_resfinetune.errors import DataError
 from napari_resfinetune.events import StopToken
 
 THUMBNAIL_PX = 32
+# What kind, how many, the seed, and their shape.
+SAMPLES = ("fluorescence_nuclei", 3, 11, (256, 256))
 KEPT_CHECKS = 500
 # What a single pair is told that matters only when all pairs have it, and what nothing needs to be done about.
 _OF_THE_WHOLE = ("no-objects", "no-pairs")
@@ -35,6 +38,7 @@ class _Checked:
     pair: Pair | None
     problems: tuple[Problem, ...]
     facts: Mapping[str, Any]
+    print: str = ""
 
 
 _checked: OrderedDict[tuple[Any, ...], _Checked] = OrderedDict()
@@ -64,9 +68,13 @@ def check(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
         checked.append(_check_one(item["image"], item["labels"], data))
         say({"done": number + 1, "total": len(request["pairs"])})
     with_objects = any(each.facts["objects"] for each in checked)
+    same = same_images(
+        [Path(item["image"]).name for item in request["pairs"][: len(checked)]], [c.print for c in checked]
+    )
     rows = []
-    for each in checked:
+    for number, each in enumerate(checked):
         problems = [p for p in each.problems if p.code not in (*_HARMLESS, *(_OF_THE_WHOLE if with_objects else ()))]
+        problems += [same[number]] if number in same else []
         rows.append({**each.facts, "problems": [problem.to_dict() for problem in problems], "part": None})
     answer: dict[str, Any] = {"pairs": rows, "problems": [], "note": "", "held_out_regions": 2}
     if rows and all(problem["level"] != "error" for row in rows for problem in row["problems"]):
@@ -103,7 +111,7 @@ def _look_at(image: str, labels: str, data: DataConfig) -> _Checked:
     facts = {**facts, "shape": list(pair.image.shape), "axes": pair.image.axes, "thumbnail": _thumbnail(pair.image)}
     if report.ok:
         facts["objects"] = sum(_count(read_plane(pair.labels, plane)) for plane in pair.planes)
-    return _Checked(pair, problems, facts)
+    return _Checked(pair, problems, facts, report.prints[0])
 
 
 def _add_split(answer: dict[str, Any], pairs: list[Pair], request: Request, data: DataConfig) -> None:
@@ -163,6 +171,15 @@ def mend(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
     for name, array in new.items():
         answer[name] = put_array(array, Path(request["output"]), f"mended-{name}-{request['id']}")
     return answer
+
+
+def samples(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
+    """Draw images of cells with labels into the folder ``output``; their files come back as ``samples``."""
+    folder, made = Path(request["output"]), []
+    for number, sample in enumerate(make_samples(*SAMPLES, field_px=512)):
+        arrays = {"image": sample.image, "labels": sample.labels}
+        made.append({part: put_array(array, folder, f"sample-{part}-{number}") for part, array in arrays.items()})
+    return {"samples": made}
 
 
 def put_array(array: NDArray[Any], folder: Path, name: str) -> str:

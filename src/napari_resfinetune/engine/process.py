@@ -41,6 +41,7 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "open_folders": (DATA, "data_verbs"),
     "check": (DATA, "data_verbs"),
     "mend": (DATA, "data_verbs"),
+    "samples": (DATA, "data_verbs"),
     "computer": (MODEL, "model_verbs"),
     "plan": (MODEL, "model_verbs"),
     "segment": (MODEL, "model_verbs"),

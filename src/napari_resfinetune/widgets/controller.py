@@ -148,7 +148,7 @@ class Controller(QObject):
     def _training_changed(self) -> None:
         """Keep what a training came to, whatever widgets are open."""
         history = self.training.history
-        if self.training.state in (State.PAUSED, State.FAILED):
+        if self.training.state in (State.RUNNING, State.PAUSED, State.FAILED):
             self.models_changed.emit()
         if self.training.state is not State.DONE:
             return

@@ -78,12 +78,23 @@ class Draft(QObject):
         self.rounds: tuple[Round, ...] = ()
 
     def add(self, items: Iterable[PairItem]) -> int:
-        """Add pairs that are not there yet, and return how many those were."""
-        known = {(_key(pair.image), _key(pair.labels)) for pair in self.pairs}
-        new = [item for item in items if (_key(item.image), _key(item.labels)) not in known]
+        """Add pairs that are not there yet, and return how many those were.
+
+        An image that is there with other labels gets the new ones: twice it would be trained on and held out too.
+        """
+        pairs = {_key(pair.image): pair for pair in self.pairs}
+        new = 0
+        for item in items:
+            there = pairs.get(_key(item.image))
+            if there is not None and _key(there.labels) == _key(item.labels):
+                continue
+            if there is not None and item.held_out is None:
+                item = replace(item, held_out=there.held_out)
+            pairs[_key(item.image)] = item
+            new += 1
         if new:
-            self.set_pairs((*self.pairs, *new))
-        return len(new)
+            self.set_pairs(pairs.values())
+        return new
 
     def set_pairs(self, pairs: Iterable[PairItem]) -> None:
         """Replace all pairs."""
@@ -114,7 +125,8 @@ class Draft(QObject):
 
     def free_output(self) -> Path:
         """Return a run folder that is not there yet, named after what was asked for."""
-        wanted = file_stem(self.name) if self.name.strip() else f"run-{datetime.date.today():%Y-%m-%d}"
+        named = any(letter.isalnum() for letter in self.name)
+        wanted = file_stem(self.name) if named else f"run-{datetime.date.today():%Y-%m-%d}"
         taken = (self.runs_folder / wanted, self.runs_folder / f"{wanted}-data")
         number = 1
         while any(path.exists() for path in taken):

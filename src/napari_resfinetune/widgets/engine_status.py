@@ -17,7 +17,6 @@ class EngineStatus(Words):
         self._controller = controller
         self.setToolTip("The engine is a process of its own: it loads models and trains, so that napari stays free")
         controller.engine.status_changed.connect(self.show_status)
-        controller.engine.crashed.connect(self._say_crash)
         controller.computer_changed.connect(self.show_status)
         self.show_status()
 
@@ -30,6 +29,5 @@ class EngineStatus(Words):
             self.say(f"Engine: ready, {computer['name']}, {gigabytes(computer['free_gb'])} GB free", "muted")
         elif engine.status == "off":
             self.say("Engine: off, starts when needed", "muted")
-
-    def _say_crash(self, text: str) -> None:
-        self.say(text, "bad")
+        elif engine.status == "crashed":
+            self.say("Engine: ended unexpectedly, starts when needed", "bad")

@@ -184,6 +184,7 @@ class EvaluateWidget(Docked):
 
     def evaluate(self) -> None:
         """Score what is chosen and add rows to the table."""
+        self.legend.say("")  # it is about what was compared before
         if self.what.currentData() == FOLDERS:
             self._show_busy(True)
             self._ask_model(str(self.images_folder.value), str(self.truth_folder.value), None)
@@ -253,6 +254,7 @@ class EvaluateWidget(Docked):
 
     def _evaluated(self, answer: dict[str, Any], name: str | None, model: str) -> None:
         self._show_busy(False)
+        self._clear_curve()  # a model has none
         for row in answer["rows"]:
             plane = "" if row["plane"] is None else f" [{row['plane']}]"
             image = f"{name or row['image']}{plane}"
@@ -345,10 +347,13 @@ class EvaluateWidget(Docked):
 
     def _clear(self) -> None:
         self.rows = []
-        self.curve.set_lines({})
-        self.curve.setVisible(False)
+        self._clear_curve()
         self.legend.say("")
         self._show_rows()
+
+    def _clear_curve(self) -> None:
+        self.curve.set_lines({})
+        self.curve.setVisible(False)
 
     # What is shown
 

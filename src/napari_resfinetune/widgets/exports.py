@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import zlib
 from collections import deque
@@ -39,6 +40,7 @@ class Exporter(QObject):
         self._folder = folder
         # Of each layer the files used last, with a checksum; older ones are removed, as nobody reads them any more.
         self._known: dict[int, deque[tuple[int, Path]]] = {}
+        self._names: dict[Path, str] = {}
         self._closed = False
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="export layers")
         self._waiting: list[tuple[Future[Files], Callable[[Files | Exception], None]]] = []
@@ -60,10 +62,11 @@ class Exporter(QObject):
 
     def in_words(self, text: str) -> str:
         """Return a message of the engine with names of layers in place of those of their copies."""
-        for kept in self._known.values():
-            for _, path in kept:
-                for named in (str(path), f"{path.parent.name}/{path.name}"):
-                    text = text.replace(named, path.stem)
+        for path, name in list(self._names.items()):
+            for named in (str(path), f"{path.parent.name}/{path.name}"):
+                text = text.replace(named, name)
+            if "_" in path.stem and path.stem != name:  # by which sentences about splits call it
+                text = name.join(re.split(rf"\b{re.escape(path.stem)}\b", text))
         return text
 
     def close(self) -> None:
@@ -107,9 +110,12 @@ class Exporter(QObject):
             bigtiff=array.nbytes > 2**31,
         )
         os.replace(partial, path)
+        self._names[path] = name
         known.append((print_, path))
         if len(known) > KEPT_FILES:
-            shutil.rmtree(known.popleft()[1].parent, ignore_errors=True)
+            old = known.popleft()[1]
+            self._names.pop(old, None)
+            shutil.rmtree(old.parent, ignore_errors=True)
         return str(path)
 
 

@@ -216,7 +216,8 @@ class ModelsWidget(Docked):
         kinds = "micro-sam checkpoint (*.pt);;bioimage.io package (*.zip)"
         file, _ = QFileDialog.getSaveFileName(self, "Export", f"{Path(run.name).name}.pt", kinds)
         if file:
-            self.note.say("Exporting…", "muted")
+            tried = " A package is tried out first, which takes a minute or two." if file.endswith(".zip") else ""
+            self.note.say(f"Exporting…{tried}", "muted")
             self._ask("export_model", f"Exported to {Path(file).name}.", model=str(run.path), path=file)
 
     def _choose_import(self) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from napari.layers import Image, Labels
 
 from napari_resfinetune.widgets.draft import PairItem
-
-SAMPLE_PX = 256
-SAMPLES = 3
 
 
 def best_labels(image: Any, layers: Iterable[Any]) -> Any | None:
@@ -50,15 +49,16 @@ def _likeness(image: Any, labels: Any) -> float:
     return difflib.SequenceMatcher(None, image.name, labels.name).ratio()
 
 
-def open_sample_cells(viewer: Any) -> list[PairItem]:
-    """Add made-up images of cells and their labels as layers, and return them as pairs."""
-    from napari_resfinetune.data.synthetic import make_samples
-
+def add_sample_cells(viewer: Any, files: Iterable[dict[str, str]]) -> list[PairItem]:
+    """Add images of cells and their labels, which the engine made, as layers, and return them as pairs."""
     pairs = []
-    samples = make_samples("fluorescence_nuclei", SAMPLES, 11, (SAMPLE_PX, SAMPLE_PX), field_px=2 * SAMPLE_PX)
-    for number, sample in enumerate(samples, 1):
-        image = viewer.add_image(sample.image, name=f"cells {number}", visible=number == 1)
-        pairs.append(PairItem(image, viewer.add_labels(sample.labels, name=f"labels {number}", visible=number == 1)))
+    for number, sample in enumerate(files, 1):
+        image, labels = (np.load(sample[part]) for part in ("image", "labels"))
+        for part in ("image", "labels"):
+            Path(sample[part]).unlink(missing_ok=True)
+        first = number == 1
+        layer = viewer.add_image(image, name=f"cells {number}", visible=first)
+        pairs.append(PairItem(layer, viewer.add_labels(labels, name=f"labels {number}", visible=first)))
     return pairs
 
 

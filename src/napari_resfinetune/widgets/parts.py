@@ -151,7 +151,7 @@ class Curve(Painted):
         painter.drawText(QRectF(0, frame.bottom() - line_height + 4, 34, line_height), right, f"{y0:.2g}")
         below = QRectF(frame.left(), frame.bottom() + 3, frame.width(), line_height)
         painter.drawText(below, left, f"{x0:g}")
-        painter.drawText(below, right, f"{x1:g}")
+        painter.drawText(below, right, f"{x1:.3g}")
         painter.drawText(below, Qt.AlignmentFlag.AlignHCenter, self.x_label)
         if self.marked_x is not None:
             painter.setPen(QPen(self.colours.muted, 1, Qt.PenStyle.DashLine))

@@ -172,6 +172,7 @@ class SegmentWidget(Docked):
             self.note.say("Open an image first.", "warning")
             return
         self._show_busy(True)
+        self.note.say("Starting…", "muted")
         mode = self.mode.currentData()
         parameters = {widget.name: widget.value for widget in self.forms[mode]}
         stack = layer.ndim > 2
@@ -282,9 +283,11 @@ class SegmentWidget(Docked):
             self.note.say("Segment the whole stack to train on it, or correct a single image.", "warning")
             return
         rounds = len(self.controller.draft.rounds) + 1
-        added = self.controller.draft.add([PairItem(self._image, labels, round=rounds)])
+        before = len(self.controller.draft.pairs)
+        changed = self.controller.draft.add([PairItem(self._image, labels, round=rounds)])
         total = len(self.controller.draft.pairs)
-        self.note.say(f"{'Added' if added else 'Already there'}: {counted(total, 'training image')} now.", "good")
+        did = "Added" if total > before else "These are its labels now" if changed else "Already there"
+        self.note.say(f"{did}: {counted(total, 'training image')} now.", "good")
 
     def _continue(self) -> None:
         """Open Finetune with this model to start from."""

@@ -104,6 +104,7 @@ class TrainingRun(QObject):
         self.state = State.NONE
         self.history = History()
         self._job: int | None = None
+        engine.crashed.connect(self._engine_crashed)
 
     @property
     def busy(self) -> bool:
@@ -173,6 +174,12 @@ class TrainingRun(QObject):
             self.history.comparison = read_comparison(Path(result["run_dir"]))
         paused = self.state is State.PAUSING and result["status"] == "stopped"
         self._set(State.PAUSED if paused else State.DONE)
+
+    def _engine_crashed(self, text: str) -> None:
+        """Tell at once; the training has a process of its own, which saves what it has, and only then it is over."""
+        if self.busy:
+            self.history.note(text)
+            self._set(State.STOPPING)
 
     def _failed(self, problems: list[str]) -> None:
         self._job = None

@@ -7,7 +7,7 @@ from typing import Any
 
 from magicgui.widgets import CheckBox, ComboBox, Container, LineEdit, SpinBox
 from pydantic.fields import FieldInfo
-from qtpy.QtCore import QObject
+from qtpy.QtCore import QObject, Signal
 
 from napari_resfinetune.config import DataConfig, ResourcesConfig, TrainingConfig
 from napari_resfinetune.errors import ConfigError
@@ -50,10 +50,14 @@ class AdvancedForm(QObject):
         Shows what is wrong with a value.
     """
 
+    refused_changed = Signal()
+
     def __init__(self, draft: Draft, complaint: Words) -> None:
         super().__init__(complaint)
         self._draft, self._complaint = draft, complaint
         self._showing = False
+        # What was typed and cannot be used, and why.
+        self.refused: dict[str, str] = {}
         self.fields: dict[str, Any] = {key: _field(key) for key in SHOWN}
         self.form = Container(widgets=list(self.fields.values()), labels=True)
         self.form.margins = (0, 0, 0, 0)
@@ -69,6 +73,8 @@ class AdvancedForm(QObject):
         for key, widget in self.fields.items():
             section, _, name = key.partition(".")
             value = getattr(getattr(self._draft.config, section), name)
+            if key in self.refused:  # it stays, with its complaint
+                continue
             if isinstance(widget, LineEdit):
                 value = "" if value is None else f"{value:g}"
             if widget.value != value:
@@ -79,17 +85,17 @@ class AdvancedForm(QObject):
         if self._showing:
             return
         section, _, name = key.partition(".")
+        self.refused.pop(key, None)
         try:
-            self._draft.change_config({section: {name: None if value == "" else value}})
+            self._draft.change_config({section: {name: _meant_by_nothing(key) if value == "" else value}})
         except ConfigError as error:
-            self._complaint.say(str(error).removeprefix("settings: "), "bad")
-        else:
-            self._complaint.say("")
+            self.refused[key] = str(error).removeprefix("settings: ")
+        self._complaint.say("\n".join(self.refused.values()), "bad")
+        self.refused_changed.emit()
 
 
 def _field(key: str) -> Any:
-    section, _, name = key.partition(".")
-    described: FieldInfo = SECTIONS[section].model_fields[name]
+    described, name = _described(key), key.partition(".")[2]
     options: dict[str, Any] = {
         "name": name,
         "label": name.replace("_", " "),
@@ -101,9 +107,32 @@ def _field(key: str) -> Any:
     if described.annotation is bool:
         return CheckBox(value=described.default, **options)
     if key in WHOLE_NUMBERS:
-        return SpinBox(min=0, max=1_000_000, value=described.default, **options)
+        return SpinBox(min=_least(described), max=1_000_000, value=described.default, **options)
     if key == "training.input_px":
         return ComboBox(choices=tuple(range(128, 1025, 64)), value=described.default, **options)
     line = LineEdit(**options)
-    line.native.setPlaceholderText(AUTOMATIC if described.default is None else "never")
+    empty = _meant_by_nothing(key)
+    line.native.setPlaceholderText(f"{empty:g}" if empty is not None else "never" if described.default else AUTOMATIC)
     return line
+
+
+def _least(described: FieldInfo) -> int:
+    """Return the least whole number that a field takes."""
+    for constraint in described.metadata:
+        if hasattr(constraint, "ge"):
+            return int(constraint.ge)
+        if hasattr(constraint, "gt"):
+            return int(constraint.gt) + 1
+    return 0
+
+
+def _meant_by_nothing(key: str) -> Any:
+    """Return what an empty field stands for: automatic or never where there is such a thing, else the default."""
+    described = _described(key)
+    return None if type(None) in typing.get_args(described.annotation) else described.default
+
+
+def _described(key: str) -> FieldInfo:
+    section, _, name = key.partition(".")
+    found: FieldInfo = SECTIONS[section].model_fields[name]
+    return found

@@ -27,7 +27,7 @@ from qtpy.QtWidgets import (
 
 from napari_resfinetune.widgets.controller import Controller
 from napari_resfinetune.widgets.draft import PairItem
-from napari_resfinetune.widgets.pairing import best_labels, open_sample_cells, pairs_of_layers
+from napari_resfinetune.widgets.pairing import add_sample_cells, best_labels, pairs_of_layers
 from napari_resfinetune.widgets.parts import Words, heading
 from napari_resfinetune.widgets.theme import connect_for_life, follow_layers
 from napari_resfinetune.words import counted
@@ -76,7 +76,7 @@ class ImagesSection(QWidget):
         self._copies: dict[int, str] = {}
         self._changed: set[int] = set()
         self._checked_with: Any = None
-        # What the last click on "Add all layers" could not pair, in words.
+        # What could not be paired when images were last added, in words.
         self._left_out = ""
         self.setAcceptDrops(True)
         self._timer = QTimer(self)
@@ -185,14 +185,30 @@ class ImagesSection(QWidget):
     # What changes the pairs
 
     def _load_sample(self) -> None:
-        self._draft.add(open_sample_cells(self._controller.viewer))
+        self.sample_button.setEnabled(False)
+        self.note.say("Making sample cells…", "muted")
+
+        def add(found: dict[str, Any]) -> None:
+            self.sample_button.setEnabled(True)
+            self._draft.add(add_sample_cells(self._controller.viewer, found["samples"]))
+
+        def failed(problems: list[str]) -> None:
+            self.sample_button.setEnabled(True)
+            self.note.say("\n".join(problems), "bad")
+
+        arrays = str(self._controller.arrays)
+        self._controller.engine.ask("samples", owner=self, on_result=add, on_error=failed, output=arrays)
 
     def _segment_first(self) -> None:
         self._controller.open("Segment")
 
+    def _in_words(self, text: str) -> str:
+        return self._controller.exporter.in_words(text)
+
     def _add_pair(self) -> None:
         image, labels = self.image_combo.currentData(), self.labels_combo.currentData()
         if image is not None and labels is not None:
+            self._left_out = ""
             self._draft.add([PairItem(image, labels)])
         else:
             self.note.say("Choose the labels of this image; none has its size.", "warning")
@@ -212,8 +228,9 @@ class ImagesSection(QWidget):
         """Add the pairs of two folders."""
 
         def add(found: dict[str, Any]) -> None:
-            self._draft.add([PairItem(pair["image"], pair["labels"]) for pair in found["pairs"]])
-            self.note.say("\n".join(problem["message"] for problem in found["problems"]), "warning")
+            self._left_out = "\n".join(problem["message"] for problem in found["problems"])
+            if not self._draft.add([PairItem(pair["image"], pair["labels"]) for pair in found["pairs"]]):
+                self.note.say(self._left_out or "All of them are there already.", "warning")
 
         self._controller.engine.ask(
             "open_folders",
@@ -347,7 +364,7 @@ class ImagesSection(QWidget):
         """Say why the pairs could not be looked at, and let that be tried again."""
         self.problem = "The images could not be looked at."
         self._copies.clear()  # another look begins with new ones
-        self.note.say(self._controller.exporter.in_words("\n".join(problems)), "bad")
+        self.note.say(self._in_words("\n".join(problems)), "bad")
         self.again_button.setVisible(True)
         self.failed.emit()
 
@@ -399,8 +416,8 @@ class ImagesSection(QWidget):
         self._show_rows()
         problems = report["problems"]
         said = problems[0]["message"] if problems else report["note"]
-        self.note.say(f"{said} {self._left_out}".strip(), "bad" if problems else "muted")
-        self._left_out = ""
+        tone = "bad" if problems else "warning" if self._left_out else "muted"
+        self.note.say(self._in_words("\n".join(each for each in (said, self._left_out) if each)), tone)
         self.checked.emit(report)
 
     # What is shown
@@ -437,14 +454,20 @@ class ImagesSection(QWidget):
         tone = "bad" if problem["level"] == "error" else "warning"
         mark = QLabel("✕" if problem["level"] == "error" else "!")
         mark.setFixedWidth(16)
-        words = Words(self._controller.viewer, f"{problem['found'][:1].upper()}{problem['found'][1:]}", tone)
-        words.setToolTip(f"{problem['message']}")
+        found = self._in_words(problem["found"])
+        words = Words(self._controller.viewer, f"{found[:1].upper()}{found[1:]}", tone)
+        words.setToolTip(self._in_words(problem["message"]))
         row.addWidget(mark)
         row.addWidget(words, 1)
         if problem["code"] in MENDABLE:
             button = QPushButton(MENDABLE[problem["code"]])
             button.setToolTip("Makes a new layer; yours stays as it is")
             button.clicked.connect(lambda: self._mend(number, problem["code"], button))
+            row.addWidget(button)
+        elif problem["level"] == "error":  # the way out that there always is
+            button = QPushButton("Leave out")
+            button.setToolTip("Takes the pair out of the list; your layers and files stay as they are")
+            button.clicked.connect(lambda: self._remove(number))
             row.addWidget(button)
         child.setSizeHint(0, QSize(100, PROBLEM_PX))
         self.tree.setItemWidget(child, 0, holder)

@@ -99,6 +99,8 @@ class OutcomePage(QWidget):
                 wanted = ["new", "longer", "correct", "evaluate", "segment"]
         elif state is State.DONE:
             wanted += ["resume"]
+        elif has_model:
+            wanted += ["segment", "evaluate"]
         if (Path(history.run_dir) / "report.html").is_file():
             wanted.append("report")
         wanted = [*dict.fromkeys([*wanted, "new"])]
@@ -153,7 +155,8 @@ def in_words(state: State, history: History) -> tuple[str, str, str]:
     """Say what happened: a headline, its tone, and what else is worth knowing."""
     if state is State.FAILED:
         saved = "Everything up to the last checkpoint is saved." if history.resumable else "Nothing was saved yet."
-        return "It could not go on.", "bad", "\n".join([*history.problems, saved])
+        headline = "It could not go on." if history.epochs else "It could not start."
+        return headline, "bad", "\n".join([*history.problems, saved])
     where = f"epoch {history.epoch + 1} of up to {history.epochs}"
     if state is State.PAUSED:
         return f"Paused in {where}.", "text", "Saved, and the memory is free. It goes on from the same step."

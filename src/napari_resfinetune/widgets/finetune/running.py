@@ -114,8 +114,8 @@ class RunningPage(QWidget):
         history, state = self._training.history, self._training.state
         said = {
             State.STARTING: "Starting: looking at the images, loading the model…",
-            State.PAUSING: "Saving, then it pauses…",
-            State.STOPPING: "Finishing this step, then it stops…",
+            State.PAUSING: "Finishing this step and saving, then it pauses…",
+            State.STOPPING: "Finishing this step and saving, then it stops…",
         }
         if state in said:
             return said[state]

@@ -58,6 +58,7 @@ class FinetuneWidget(Docked):
         self.images.checked.connect(self._checked)
         self.images.failed.connect(self._show_start)
         self.computer.planned.connect(self._show_start)
+        self.computer.advanced.refused_changed.connect(self._show_start)
         self._draft.pairs_changed.connect(self._show_start)
         self._draft.config_changed.connect(self.images.check_again)
         self._training.state_changed.connect(self._show_page)
@@ -144,6 +145,8 @@ class FinetuneWidget(Docked):
             missing = "Looking at the images…"
         elif self.images.has_errors():
             missing, tone = "Next: mend what is marked above.", "warning"
+        elif self.computer.advanced.refused:
+            missing, tone = f"Next: correct in Advanced: {', '.join(self.computer.advanced.refused)}.", "warning"
         elif plan is not None and not plan["fits"]:
             missing, tone = "Next: choose something that fits.", "warning"
         self.reason.say(missing, tone)
