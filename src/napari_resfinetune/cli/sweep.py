@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from napari_resfinetune.cli.output import (
     results,
     stop_on_interrupt,
 )
+from napari_resfinetune.data.pairs import some
 from napari_resfinetune.words import duration
 
 ROWS_SHOWN = 30
@@ -70,8 +71,8 @@ def sweep(
             plan = describe(found, settings, with_published=published)
             _print_plan(plan, as_json)
             return
-        for name, reason in found.left_out:
-            errors.print(f"left out: {name}: {_plain(reason)}")
+        for line in _left_out(found.left_out):
+            errors.print(line)
         with (
             stop_on_interrupt("stopping: what runs is asked to save and end; Ctrl-C again leaves it alone") as (stop),
             _Watching() as watching,
@@ -156,12 +157,21 @@ def _print_plan(plan: Mapping[str, Any], as_json: bool) -> None:
     rows += [[job["name"], "", "", "", duration(job["seconds"]), "", *([""] if compared else [])]
              for job in plan["initial"]]  # fmt: skip
     print_table(columns, rows)
-    for each in plan["left_out"]:
-        results.print(f"left out: {each['name']}: {_plain(each['reason'])}")
+    for line in _left_out((each["name"], each["reason"]) for each in plan["left_out"]):
+        results.print(line)
     results.print(
         f"{plan['count']} jobs, {len(plan['left_out'])} left out; one after another at most "
         f"{duration(plan['seconds'])}, memory up to {plan['peak_gb']:.1f} GB; executor: {plan['executor']}"
     )
+
+
+def _left_out(named: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Say each reason once, with the combinations that it holds for."""
+    names_of: dict[str, list[str]] = {}
+    for name, reason in named:
+        names_of.setdefault(reason, []).append(name)
+    for reason, names in names_of.items():
+        yield f"left out: {some(names)}: {_plain(reason)}"
 
 
 class _Watching:
