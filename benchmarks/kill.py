@@ -70,14 +70,18 @@ def main() -> None:
                     rf.train(images, labels, model="random:vit_t", output=run, isolate=True, on_event=watch, **settings)
                 finished = 1
             except rf.TrainingError as error:
+                if "was killed" not in str(error):
+                    raise
                 kills += 1
                 said = isinstance(reported[-1], Failed)
                 all_said = all_said and said
                 at = next((e for e in reversed(reported[:-1]) if hasattr(e, "epoch")), None)
                 where = f"after {type(at).__name__} of epoch {at.epoch + 1}" if at is not None else "at the start"  # type: ignore[attr-defined]
                 print(f"kill {kills}: {where}; reported: {said}; {str(error)[-60:]}", flush=True)
-        same = _weights(calm) == _weights(run)
+        same = _weights(calm) == _weights(run) != {}
         print(f"{kills} kills, all reported: {all_said}, all resumed; weights at the end are equal: {same}")
+        if not (same and all_said):
+            raise SystemExit(1)
 
 
 def _weights(run: Path) -> dict[str, bytes]:

@@ -449,6 +449,15 @@ def test_gauge_of_the_process():
     assert gauge.read().peak_gb >= reading.peak_gb
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process's peak cannot be forgotten")
+def test_what_was_taken_before_is_no_peak_of_the_next_run():
+    block = bytearray(b"x" * 600 * 10**6)
+    assert MemoryGauge("cpu").read().peak_gb > 0.6
+    taken = process_memory_gb()
+    del block
+    assert MemoryGauge("cpu").read().peak_gb < taken - 0.4
+
+
 def test_gauge_of_a_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * 10**9)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 10**9)

@@ -16,11 +16,13 @@ import napari_resfinetune as rf
 from napari_resfinetune.config import FrozenStrategy, FullStrategy, LateStrategy, make_config
 from napari_resfinetune.config.cache import cache_folder
 from napari_resfinetune.planning import (
+    Gpu,
     Hardware,
     Length,
     Rates,
     StepCost,
     Work,
+    asked_device,
     choose_limits,
     get_preset,
     learn_from_run,
@@ -35,6 +37,8 @@ from napari_resfinetune.planning.calibration import FILE as CALIBRATION
 from napari_resfinetune.training import dry_run, kept_costs, losses
 from napari_resfinetune.training.dry_run import step_cost
 from napari_resfinetune.training.kept_costs import PartCost
+from napari_resfinetune.training.planned import plan_anywhere
+from napari_resfinetune.training.prepare import choose_setup
 
 LENGTH = Length(epochs=2, steps_per_epoch=50, validation_samples=5, patches_kept=55)
 SMALL = Work("vit_t", patch_px=64, input_px=128, objects=4)
@@ -211,7 +215,7 @@ def test_runs_correct_the_next_prediction(own_calibration):
     before = rates_here(SMALL, hardware, "cpu", 2)
     assert (before.memory_factor, before.seconds_factor, before.measured) == (1.0, 1.0, False)
     figures = {"predicted_gb": 5.0, "measured_gb": 5.8, "predicted_seconds": 10.0, "measured_seconds": 14.0}
-    learn_from_run(SMALL, hardware, "cpu", 2, **figures)
+    learn_from_run(SMALL, hardware, "cpu", 2, before, **figures)
     after = rates_here(SMALL, hardware, "cpu", 2)
     assert after.measured
     assert after.memory_factor == pytest.approx(1.1)  # half of the way to 4.8 over 4.0
@@ -220,6 +224,48 @@ def test_runs_correct_the_next_prediction(own_calibration):
     assert not rates_here(SMALL, other, "cpu", 2).measured
     predicted = [make_plan(SMALL, 100, LENGTH, made_up_cost, lambda _, now=now: now).peak_gb for now in (before, after)]
     assert predicted[1] > predicted[0]
+
+
+def test_runs_that_were_planned_together_correct_the_prediction_once(own_calibration):
+    hardware = Hardware("a CPU", 2, 2, 16.0, 12.0)
+    planned = rates_here(SMALL, hardware, "cpu", 2)
+    for _ in range(8):  # as of a sweep, whose runs are planned before the first of them has ended
+        learn_from_run(
+            SMALL, hardware, "cpu", 2, planned,
+            predicted_gb=5.0, measured_gb=5.4, predicted_seconds=10.0, measured_seconds=12.0,
+        )  # fmt: skip
+    after = rates_here(SMALL, hardware, "cpu", 2)
+    assert after.memory_factor == pytest.approx(1.1, abs=0.01)
+    assert after.seconds_factor == pytest.approx(1.2, abs=0.01)
+
+
+def test_a_preset_for_cpus_means_the_cpu():
+    card = Gpu(0, "a card", 24.0, 23.0, (8, 6), True)
+    hardware = Hardware("a CPU", 8, 8, 64.0, 60.0, (card,))
+    asked = make_config({"model": "vit_t", "resources": {"preset": "cpu-8gb"}})
+    setup = choose_setup(asked, hardware)
+    assert (setup.device, setup.limits.memory_gb) == ("cpu", 8)
+    plan = plan_anywhere(asked, hardware, "vit_t", LENGTH)
+    assert (plan.work.device, plan.limit_gb) == ("cpu", 8)
+    assert not any("no such device" in text for text in plan.advice)
+    on_card = make_config({"model": "vit_t", "resources": {"preset": "cpu-8gb", "device": "cuda"}})
+    assert asked_device(on_card.resources) == "cuda"
+
+
+def test_without_levers_the_advice_is_given_without_them_too():
+    def cost(work: Work) -> StepCost:
+        gb = (3.0 if work.checkpoint_encoder else 6.0) * (work.input_px / 1024) ** 2
+        return StepCost(0.1, 0.1, {"image encoder": gb}, {"image encoder": 1.0})
+
+    said = what_else(Work("vit_t"), 5.5, LENGTH, cost, rates, pull_levers=False)
+    assert said[0].startswith("resources.levers=auto would take")
+    planned = {text.partition(" would")[0]: text for text in said[1:]}
+    for text in planned.values():
+        gb = float(text.partition("take ")[2].partition(" GB")[0])
+        assert gb <= 5.5
+    half = next(text for text in said if "patch_px=256" in text)
+    plain = make_plan(replace(Work("vit_t"), patch_px=256, input_px=512), 5.5, LENGTH, cost, rates, pull_levers=False)
+    assert f"{plain.peak_gb:.1f} GB" in half
 
 
 @pytest.mark.parametrize("content", ["", "no json", "[1]", '{"speed, a CPU, fp32, 2 threads": {"factor": "x"}}'])
@@ -247,6 +293,8 @@ def test_a_dry_run_happens_once_for_all_processes(own_calibration, monkeypatch):
         json.dumps({**content, "figures": {key: {"tflop": "x"} for key in content["figures"]}}),
         json.dumps({**content, "figures": {key: {"what": 1.0} for key in content["figures"]}}),
         json.dumps({**content, "code": "of yesterday"}),
+        json.dumps({**content, "figures": {key: {} for key in content["figures"]}}),
+        json.dumps({**content, "figures": {k: {**v, "tflop": -1.0} for k, v in content["figures"].items()}}),
     ):
         file.write_text(damaged)
         calls.clear()

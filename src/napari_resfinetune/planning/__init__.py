@@ -11,10 +11,11 @@ from napari_resfinetune.planning.memory import (
     gpu_memory_gb,
     peak_memory_gb,
     process_memory_gb,
+    watched_memory_gb,
 )
 from napari_resfinetune.planning.planner import Length, Plan, Rates, StepCost, make_plan, what_else, what_larger
 from napari_resfinetune.planning.precision import PrecisionChoice, choose_precision
-from napari_resfinetune.planning.presets import PRESETS, Preset, auto_preset, get_preset, preset_fits
+from napari_resfinetune.planning.presets import PRESETS, Preset, asked_device, auto_preset, get_preset, preset_fits
 from napari_resfinetune.planning.report import doctor_report
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "choose_precision",
     "PRESETS",
     "Preset",
+    "asked_device",
     "auto_preset",
     "get_preset",
     "preset_fits",
@@ -55,4 +57,5 @@ __all__ = [
     "gpu_memory_gb",
     "peak_memory_gb",
     "process_memory_gb",
+    "watched_memory_gb",
 ]

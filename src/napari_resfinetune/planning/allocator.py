@@ -78,6 +78,11 @@ def return_free_memory() -> None:
         libc.malloc_trim(0)
 
 
+def can_be_returned() -> bool:
+    """Say whether this system's library for memory can be told what to do with what is freed."""
+    return _glibc() is not None
+
+
 def _set(options: tuple[tuple[int, int], ...]) -> None:
     libc = _glibc()
     if libc is not None:

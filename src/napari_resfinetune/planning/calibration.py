@@ -48,13 +48,14 @@ def learn_from_run(
     hardware: Hardware,
     device: str,
     threads: int,
+    rates: Rates,
     *,
     predicted_gb: float | None = None,
     measured_gb: float | None = None,
     predicted_seconds: float | None = None,
     measured_seconds: float | None = None,
 ) -> None:
-    """Remember how far a run was from its prediction, which already had the factors known so far."""
+    """Remember how far a run was from its prediction, which had the factors of `rates`."""
     known = _read()
     for key, predicted, measured, allowed in (
         (_memory_key(work, hardware, device), predicted_gb, measured_gb, _MEMORY_RANGE),
@@ -63,15 +64,16 @@ def learn_from_run(
         if not predicted or not measured:
             continue
         before = known.get(key, {}).get("factor", 1.0)
+        planned_with = rates.memory_factor if allowed is _MEMORY_RANGE else rates.seconds_factor
         if allowed is _MEMORY_RANGE:
             # Libraries are the same whatever the model; the factor is for the rest.
             rest_gb = own_memory_gb(predicted, work)
             # Of a card only tensors are measured, which is not what is predicted.
             if work.device != "cpu" or rest_gb < _TELLING_GB:
                 continue
-            now = before * own_memory_gb(measured, work) / rest_gb
+            now = planned_with * own_memory_gb(measured, work) / rest_gb
         else:
-            now = before * measured / predicted
+            now = planned_with * measured / predicted
         factor = (1 - _WEIGHT) * before + _WEIGHT * now
         _merge(key, {"factor": round(min(max(factor, allowed[0]), allowed[1]), 4)})
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from napari_resfinetune.config import FinetuneConfig, FullStrategy, Strategy
 from napari_resfinetune.config.schema import Positions, Targets, Update
+from napari_resfinetune.planning.allocator import can_be_returned
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ _LEVERS: Sequence[_Lever] = (
     ),
     _Lever(
         "freed_memory",
-        lambda work: "return" if work.device == "cpu" else work.freed_memory,
+        lambda work: "return" if work.device == "cpu" and can_be_returned() else work.freed_memory,
         "freed memory goes back to the system at once; a tenth slower",
     ),
     _Lever("object_chunk", _smaller_chunk, "fewer objects go through the mask decoder at once"),

@@ -79,7 +79,7 @@ def choose_limits(resources: ResourcesConfig, preset: Preset, hardware: Hardware
     memory_gb, reason = preset.memory_gb, f"preset {preset.name}"
     if resources.memory_gb is not None:
         memory_gb, reason = resources.memory_gb, "resources.memory_gb"
-    if 0 < hardware.memory_free_gb < memory_gb:
+    if hardware.memory_free_gb < memory_gb:
         reason = f"{hardware.memory_free_gb:.1f} GB RAM are free, {reason} would allow {memory_gb:g}"
         memory_gb = hardware.memory_free_gb
     gpu_gb = None
@@ -146,6 +146,13 @@ def _capped(memory_gb: float) -> Iterator[None]:
         _caps.pop()
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def widen_cap(memory_gb: float) -> None:
+    """Let this process take what a loader process no longer does."""
+    if _caps:
+        _caps[-1] += memory_gb
+        renew_cap()
 
 
 def renew_cap(*, again: bool = True) -> None:

@@ -5,6 +5,7 @@ GB means 10**9 bytes in the whole package, so that a limit of 8 GB is never more
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import threading
@@ -17,6 +18,8 @@ GB = 1e9
 WATCH_SECONDS = 0.1
 MAPPED_LIBRARIES_GB = 0.6
 _STATUS = Path("/proc/self/status")
+# Where the system is told to forget the largest resident memory of this process.
+_CLEAR, _PEAK = Path("/proc/self/clear_refs"), "5"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class MemoryGauge:
 
             if torch.cuda.is_initialized():  # an earlier run in this process is not this run's peak
                 torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with contextlib.suppress(OSError):  # Linux alone can be asked to forget
+                _CLEAR.write_text(_PEAK, encoding="ascii")
 
     def read(self) -> MemoryReading:
         """Return what is taken now and was at most, as far as the system or earlier readings know."""
@@ -86,17 +92,19 @@ class MemoryWatch:
     def forget(self) -> None:
         """Begin anew from what is taken now."""
         with self._lock:
-            self.peak_gb = self._read()
+            self.peak_gb = watched_memory_gb(self._process)
 
     def _look(self) -> None:
         while not self._ended.wait(WATCH_SECONDS):
             with self._lock:
-                self.peak_gb = max(self.peak_gb, self._read())
+                self.peak_gb = max(self.peak_gb, watched_memory_gb(self._process))
 
-    def _read(self) -> float:
-        info = self._process.memory_info()
-        mapped = getattr(info, "shared", 0) / GB
-        return float(info.rss / GB - mapped + min(mapped, MAPPED_LIBRARIES_GB))
+
+def watched_memory_gb(process: psutil.Process | None = None) -> float:
+    """Return what `MemoryWatch` counts of a process, of this one if none is given, in GB."""
+    info = (process or psutil.Process()).memory_info()
+    mapped = getattr(info, "shared", 0) / GB
+    return float(info.rss / GB - mapped + min(mapped, MAPPED_LIBRARIES_GB))
 
 
 def process_memory_gb() -> float:

@@ -31,7 +31,7 @@ WORKSPACE_ON_CARD = 0.1
 # How near to the rate of a large matrix product each part comes, and what levers cost beside their arithmetic.
 EFFICIENCY = {"image encoder": 0.65, "instance decoder": 0.60, "mask decoder": 0.50}
 RETURN_FACTOR = 1.12
-# Levers are pulled until a prediction leaves this much of the limit, which is as far as one may be too low.
+# Levers are pulled until a prediction leaves this much of the limit, since it may be a little too low.
 AIM = 0.95
 # A validation sample goes forward only, through one or two of its rounds.
 VALIDATION_SHARE = 0.3
@@ -119,8 +119,8 @@ class Plan:
         Of the run folder, with its feature cache.
     levers
         What was switched on to make it fit.
-    measured
-        Whether earlier runs on this machine have corrected the prediction.
+    rates
+        What the machine makes of it, as far as it is known.
     work
         The step that was planned.
     advice
@@ -138,9 +138,14 @@ class Plan:
     seconds_at_most: float
     disk_gb: float
     levers: tuple[Pulled, ...]
-    measured: bool
+    rates: Rates
     work: Work
     advice: tuple[str, ...] = ()
+
+    @property
+    def measured(self) -> bool:
+        """Whether earlier runs on this machine have corrected the prediction."""
+        return self.rates.measured
 
     def in_words(self, limit_reason: str = "") -> str:
         """Say what the run will take, in one sentence."""
@@ -224,14 +229,16 @@ def what_larger(work: Work, limit_gb: float, length: Length, cost_of: CostOf, ra
     )
 
 
-def what_else(work: Work, limit_gb: float, length: Length, cost_of: CostOf, rates_of: RatesOf) -> tuple[str, ...]:
+def what_else(
+    work: Work, limit_gb: float, length: Length, cost_of: CostOf, rates_of: RatesOf, *, pull_levers: bool = True
+) -> tuple[str, ...]:
     """Say what would fit where the work does not.
 
     Parameters
     ----------
     work
         Without levers, as it was asked for.
-    limit_gb, length, cost_of, rates_of
+    limit_gb, length, cost_of, rates_of, pull_levers
         As for `make_plan`.
     """
     position = ARCHITECTURES.index(work.architecture)
@@ -246,8 +253,12 @@ def what_else(work: Work, limit_gb: float, length: Length, cost_of: CostOf, rate
         name = f"data.patch_px={half.patch_px} with training.input_px={half.input_px}"
         smaller.append((f"{name} (a quarter of the field of view)", half))
     said = []
+    if not pull_levers:
+        plan = make_plan(work, limit_gb, length, cost_of, rates_of)
+        if plan.fits:
+            said.append(f"resources.levers=auto would take {plan.peak_gb:.1f} GB and fit")
     for name, candidate in smaller:
-        plan = make_plan(candidate, limit_gb, length, cost_of, rates_of)
+        plan = make_plan(candidate, limit_gb, length, cost_of, rates_of, pull_levers=pull_levers)
         if plan.fits:
             said.append(f"{name} would take {plan.peak_gb:.1f} GB and fit")
     return tuple(said) or (f"nothing smaller fits into {limit_gb:.1f} GB; allow more, or use another computer",)
@@ -308,7 +319,7 @@ def _plan(
         seconds_at_most=first + epoch * max(0, length.epochs - 1),
         disk_gb=disk_gb,
         levers=pulled,
-        measured=rates.measured,
+        rates=rates,
         work=work,
     )
 

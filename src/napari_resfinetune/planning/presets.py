@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+from napari_resfinetune.config import ResourcesConfig
 from napari_resfinetune.errors import ConfigError
 from napari_resfinetune.planning.hardware import Hardware, pick_device
 
@@ -140,6 +141,13 @@ def preset_fits(preset: Preset, hardware: Hardware, device: str | None = None) -
         return False, f"{preset.name} takes up to {ram_gb:.0f} GB RAM, and {free}"
     on_card = f"{card.memory_free_gb:.1f} GB are free on {card.name}, and " if card else ""
     return True, f"{on_card}{free}"
+
+
+def asked_device(resources: ResourcesConfig) -> str:
+    """Return the device that a configuration asks for: a preset for CPUs means one, whatever cards there are."""
+    if resources.device == "auto" and resources.preset != "auto" and get_preset(resources.preset).device == "cpu":
+        return "cpu"
+    return resources.device
 
 
 def auto_preset(hardware: Hardware, device: str | None = None) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from napari_resfinetune.config.cache import read_cached, write_cached
 from napari_resfinetune.planning.levers import Work
@@ -16,7 +18,7 @@ from napari_resfinetune.planning.levers import Work
 FILE = "dry-runs.json"
 # What a step is made of, and whose code that is.
 _FLOORS = ("models", "training", "planning", "data")
-_PACKAGES = ("torch", "micro-sam", "torch-em", "peft", "timm")
+_PACKAGES = ("torch", "micro-sam", "segment-anything-py", "torch-em", "peft", "timm")
 
 
 @dataclass(frozen=True)
@@ -42,27 +44,42 @@ def kept(dry_run: Callable[[Work], PartCost]) -> Callable[[Work], PartCost]:
     @functools.wraps(dry_run)
     def from_disk(work: Work) -> PartCost:
         key = f"{dry_run.__name__} {json.dumps({**asdict(work), 'strategy': work.strategy.model_dump()})}"
-        try:
-            return PartCost(**{name: float(number) for name, number in _known()[key].items()})
-        except (KeyError, TypeError, ValueError, AttributeError):
-            found = dry_run(work)
-            write_cached(FILE, {"code": _code_hash(), "figures": {**_known(), key: asdict(found)}})
-            return found
+        known = _known().get(key)
+        if _is_whole(known):
+            return PartCost(**known)
+        found = dry_run(work)
+        write_cached(FILE, {"code": CODE, "figures": {**_known(), key: asdict(found)}})
+        return found
 
     return from_disk
 
 
 def _known() -> dict[str, dict[str, float]]:
     content = read_cached(FILE)
-    figures = content.get("figures") if content.get("code") == _code_hash() else None
+    figures = content.get("figures") if content.get("code") == CODE else None
     return figures if isinstance(figures, dict) else {}
 
 
-@functools.cache
+def _is_whole(known: Any) -> TypeGuard[dict[str, float]]:
+    if not isinstance(known, dict) or known.keys() != {field.name for field in fields(PartCost)}:
+        return False
+    return all(isinstance(number, int | float) and 0 <= number < math.inf for number in known.values())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # installed in some way of its own
+        return ""
+
+
 def _code_hash() -> str:
-    """Return a hash of the code that a step runs through."""
-    digest = hashlib.blake2b("".join(version(package) for package in _PACKAGES).encode(), digest_size=20)
+    digest = hashlib.blake2b(" ".join(_version(package) for package in _PACKAGES).encode(), digest_size=20)
     root = Path(__file__).parents[1]
     for file in sorted(file for floor in _FLOORS for file in (root / floor).rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+# Now, while the code that is loaded is what lies there.
+CODE = _code_hash()

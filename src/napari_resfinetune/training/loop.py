@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
@@ -34,7 +35,7 @@ from napari_resfinetune.events import (
 from napari_resfinetune.models import save_adapter, save_model
 from napari_resfinetune.planning.allocator import switch_freed_memory
 from napari_resfinetune.planning.levers import at_most, pull_lever
-from napari_resfinetune.planning.limits import WORKER_GB
+from napari_resfinetune.planning.limits import WORKER_GB, widen_cap
 from napari_resfinetune.planning.memory import MemoryGauge, MemoryWatch
 from napari_resfinetune.training.checkpoints import (
     Progress,
@@ -294,6 +295,8 @@ class Trainer:
         self.work, pulled = smaller
         self.settings = step_settings(self.work)
         self.progress.levers[pulled.lever.partition(".")[2]] = pulled.after
+        if pulled.lever == "resources.workers":
+            widen_cap(WORKER_GB * (pulled.before - pulled.after))
         switch_freed_memory(self.work.freed_memory)
         return MemoryLever(pulled.lever, str(pulled.before), str(pulled.after), reason, pulled.changes_training)
 
@@ -356,8 +359,26 @@ class Trainer:
         count = samples_of_step(self.plan, self.progress.step)
         self.optimizer.zero_grad(set_to_none=True)
         own = self.ranks.together(lambda: self._add_gradients(batch, count, number, with_masks, with_instances))
-        losses = self._gather(own, count, with_masks, with_instances)
-        self.ranks.add_gradients(self.parameters)
+        with self._no_way_back():
+            losses = self._gather(own, count, with_masks, with_instances)
+            self.ranks.add_gradients(self.parameters)
+            self._apply(losses)
+        return losses
+
+    @contextlib.contextmanager
+    def _no_way_back(self) -> Iterator[None]:
+        """End the run where one of several processes cannot try again alone: the others have gone on."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if self.ranks.size == 1 or not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}: memory ran out while several "
+                "processes put their gradients together; allow more memory, or use fewer processes"
+            ) from None
+
+    def _apply(self, losses: Sequence[Losses]) -> None:
         if not all(math.isfinite(sample.total) for sample in losses):
             raise self._fail("the loss")
         if self.scaler is not None:
@@ -365,7 +386,6 @@ class Trainer:
             self.scaler.update()
         else:
             self.optimizer.step()
-        return losses
 
     def _add_gradients(
         self, batch: Sequence[Patch], count: int, number: int, with_masks: bool, with_instances: bool
@@ -407,10 +427,11 @@ class Trainer:
         folder = self.job.run.path
         if self.ranks.is_first and self._between_steps:
             self._save("latest")
-        again = f"go on with: resfinetune resume {folder}"
+        there = find_checkpoint(self.job.run.latest) is not None
+        saved = "its last checkpoint is whole; go on" if there else "nothing is saved yet; begin again"
         return TrainingError(
-            f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}: {error}; its last checkpoint is whole; "
-            f"{again}"
+            f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}: {error}; {saved} with: resfinetune "
+            f"resume {folder}"
         )
 
     def _end_epoch(self) -> Iterator[Event]:

@@ -19,6 +19,7 @@ from napari_resfinetune.planning import (
     Preset,
     Rates,
     Work,
+    asked_device,
     get_preset,
     make_plan,
     pick_device,
@@ -95,8 +96,8 @@ def plan_anywhere(
 
 
 def _is_here(preset: Preset, config: FinetuneConfig, hardware: Hardware) -> bool:
-    """Say whether this computer has the kind of device, and as much memory on it, that a preset is for."""
-    device, _ = pick_device(config.resources.device, hardware)
+    """Say whether this computer has the kind of device that a preset is for, and a card as much memory."""
+    device, _ = pick_device(asked_device(config.resources), hardware)
     card = hardware.gpu(device)
     enough = card is None or preset.gpu_memory_gb is None or card.memory_total_gb >= 0.9 * preset.gpu_memory_gb
     return device.partition(":")[0] == preset.device and enough
@@ -122,7 +123,8 @@ def what_would_fit(config: FinetuneConfig, setup: Setup, hardware: Hardware, pla
     """Say what would fit where a run did not."""
     length = length_of(config, 1)
     work = replace(plan.work, object_chunk=None)
-    return what_else(work, plan.limit_gb, length, step_cost, _rates(setup, hardware))
+    pull_levers = config.resources.levers == "auto"
+    return what_else(work, plan.limit_gb, length, step_cost, _rates(setup, hardware), pull_levers=pull_levers)
 
 
 def refuse_if_hopeless(plan: Plan, config: FinetuneConfig, limits: Limits) -> None:
@@ -144,14 +146,8 @@ def refuse_if_hopeless(plan: Plan, config: FinetuneConfig, limits: Limits) -> No
 
 
 def _plan(config: FinetuneConfig, work: Work, limit_gb: float, length: Length, rates: Callable[[Work], Rates]) -> Plan:
-    plan = make_plan(
-        work,
-        limit_gb,
-        length,
-        step_cost,
-        rates,
-        pull_levers=config.resources.levers == "auto",
-    )
+    pull_levers = config.resources.levers == "auto"
+    plan = make_plan(work, limit_gb, length, step_cost, rates, pull_levers=pull_levers)
     if plan.fits:
         return plan
-    return replace(plan, advice=what_else(work, limit_gb, length, step_cost, rates))
+    return replace(plan, advice=what_else(work, limit_gb, length, step_cost, rates, pull_levers=pull_levers))

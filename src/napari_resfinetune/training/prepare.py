@@ -33,6 +33,7 @@ from napari_resfinetune.planning import (
     Limits,
     PrecisionChoice,
     Work,
+    asked_device,
     auto_preset,
     choose_limits,
     choose_precision,
@@ -177,7 +178,7 @@ def choose_setup(config: FinetuneConfig, hardware: Hardware) -> Setup:
     ResourceError
         When the configuration asks for what the machine does not have.
     """
-    device, notes = pick_device(config.resources.device, hardware)
+    device, notes = pick_device(asked_device(config.resources), hardware)
     if config.resources.compile and device == "cpu" and not any(shutil.which(name) for name in COMPILERS):
         raise ResourceError(
             f"resources.compile: no C++ compiler found (looked for {', '.join(COMPILERS)}); install one, or leave "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.errors import ConfigError, TrainingError
+from napari_resfinetune.planning import Hardware, asked_device
 
 if TYPE_CHECKING:
     import torch
@@ -161,8 +162,15 @@ class Ranks:
             threads=max(1, setup.limits.threads // self.local_size),
             reason=f"a share for each of {self.local_size} processes: {setup.limits.reason}",
         )
-        on_card = setup.device.startswith("cuda")
-        return replace(setup, limits=limits, device=f"cuda:{self.local_rank}" if on_card else setup.device)
+        return replace(setup, limits=limits)
+
+    def with_own_card(self, config: FinetuneConfig, hardware: Hardware) -> FinetuneConfig:
+        """Return the configuration with the card of this process where it would run on some card."""
+        wants_card = asked_device(config.resources) in ("auto", "cuda")
+        if self.size == 1 or not wants_card or self.local_rank >= len(hardware.gpus):
+            return config
+        own = {"device": f"cuda:{self.local_rank}"}
+        return config.model_copy(update={"resources": config.resources.model_copy(update=own)})
 
 
 def check_processes(config: FinetuneConfig, processes: int) -> None:
@@ -213,7 +221,7 @@ def joined_ranks(config: FinetuneConfig) -> Iterator[Ranks]:
 
     rank = int(os.environ["RANK"])
     ranks = Ranks(rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
-    cards = torch.cuda.device_count() if config.resources.device in ("auto", "cuda") else 0
+    cards = torch.cuda.device_count() if asked_device(config.resources) in ("auto", "cuda") else 0
     if cards and cards < ranks.local_size:
         raise ConfigError(
             f"processes: {ranks.local_size} shall share a training and there are {cards} cards; use as many, or "

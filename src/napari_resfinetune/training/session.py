@@ -22,7 +22,7 @@ from napari_resfinetune.planning import (
     learn_from_run,
     levered,
     probe_hardware,
-    process_memory_gb,
+    watched_memory_gb,
     within_limits,
 )
 from napari_resfinetune.planning.planner import LIBRARIES_GB
@@ -122,7 +122,7 @@ def _run_training(
     if resume:
         check_same_split(run.read_json("split.json"), data, run)
     hardware = probe_hardware()
-    setup = ranks.share(choose_setup(config, hardware))
+    setup = ranks.share(choose_setup(ranks.with_own_card(config, hardware), hardware))
     location = resolve_model(config.model)
     if not resume:
         config = settle(config, setup, location)
@@ -130,7 +130,7 @@ def _run_training(
     plan = plan_run(per_process(config, ranks), setup, hardware, location.architecture, length)
     refuse_if_hopeless(plan, config, setup.limits)
     config = levered(config, plan.levers)
-    foreign_gb = 0.0 if enforce else max(0.0, process_memory_gb() - LIBRARIES_GB["cpu"])
+    foreign_gb = 0.0 if enforce else max(0.0, watched_memory_gb() - LIBRARIES_GB["cpu"])
     try:
         with (
             tf32_as_chosen(setup.precision, setup.device),
@@ -240,6 +240,7 @@ class _Calibration:
             self.hardware,
             self.setup.device,
             self.setup.limits.threads,
+            self.plan.rates,
             predicted_gb=self.plan.peak_gb if as_planned else None,
             measured_gb=event.peak_memory_gb,
             predicted_seconds=self.plan.seconds_per_step if as_planned else None,
