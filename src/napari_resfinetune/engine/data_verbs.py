@@ -69,7 +69,7 @@ def check(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
         say({"done": number + 1, "total": len(request["pairs"])})
     with_objects = any(each.facts["objects"] for each in checked)
     same = same_images(
-        [Path(item["image"]).name for item in request["pairs"][: len(checked)]], [c.print for c in checked]
+        [Path(item["image"]).stem for item in request["pairs"][: len(checked)]], [c.print for c in checked]
     )
     rows = []
     for number, each in enumerate(checked):
