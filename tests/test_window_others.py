@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from napari.components import ViewerModel
+from napari.utils.colormaps.standardize_color import transform_color
 from qtpy.QtCore import Qt
 from qtpy.QtWidgets import QApplication, QFileDialog, QMessageBox, QPushButton, QWidget
 
 from napari_resfinetune.config import FinetuneConfig, write_config
 from napari_resfinetune.widgets import controller as controller_module
-from napari_resfinetune.widgets.evaluate import EvaluateWidget
+from napari_resfinetune.widgets.evaluate import ERRORS, EvaluateWidget
 from napari_resfinetune.widgets.finetune.running import shown_slice
 from napari_resfinetune.widgets.models import ModelsWidget
 from napari_resfinetune.widgets.samples import fluorescence_nuclei, stained_tissue
@@ -259,7 +260,10 @@ def test_layers_are_scored_shown_sorted_and_saved(evaluate, viewer, qtbot, tmp_p
     evaluate.prediction.set_layer(viewer.layers["found"])
     compared(evaluate, qtbot, tmp_path, "b", 0.5)
     compared(evaluate, qtbot, tmp_path, "a", 0.75)
-    assert viewer.layers["errors of found"].data.max() == 3
+    shown_errors = viewer.layers["errors of found"]
+    assert shown_errors.data.max() == 3
+    for value, colour, _ in ERRORS:
+        np.testing.assert_allclose(shown_errors.get_color(value), transform_color(colour)[0], atol=1e-6)
     assert evaluate.legend.text().startswith("7 right, 1 extra, 1 missed")
     assert evaluate.table.rowCount() == 3  # and their mean
     evaluate.table.sortItems(1, Qt.SortOrder.DescendingOrder)

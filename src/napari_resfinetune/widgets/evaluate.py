@@ -11,7 +11,7 @@ import numpy as np
 from magicgui.types import FileDialogMode
 from magicgui.widgets import FileEdit
 from napari.layers import Image, Labels
-from napari.utils import DirectLabelColormap
+from napari.utils import CyclicLabelColormap
 from napari.viewer import Viewer
 from qtpy.QtCore import Qt
 from qtpy.QtGui import QKeySequence, QShortcut
@@ -50,7 +50,7 @@ TIPS = (
     "objects that were found, of those in the truth",
 )
 MODES = (("ais", "Decoder (AIS)"), ("amg", "Grid of points (AMG)"), ("box", "Box prompts"), ("point", "Point prompts"))
-# Value in the error image, colour, words; the colours differ for people who see no red or green too.
+# Value in the error image, from 1 on, colour, words; the colours differ for people who see no red or green too.
 ERRORS = (
     (1, "#4daf7c", "right"),
     (2, "#e6ab02", "extra"),
@@ -270,12 +270,12 @@ class EvaluateWidget(Docked):
             there.data = data
             return
         chosen = list(viewer.layers.selection)
-        colours: dict[int | None, Any] = {None: (0, 0, 0, 0), 0: (0, 0, 0, 0)}
-        colours.update({value: colour for value, colour, _ in ERRORS})
+        # Value n has colour n. A map by value instead would have numba compile for seconds, in this thread.
+        colours = CyclicLabelColormap(colors=["transparent", *(colour for _, colour, _ in ERRORS)])
         viewer.add_labels(
             data,
             name=name,
-            colormap=DirectLabelColormap(color_dict=colours),
+            colormap=colours,
             scale=truth.scale,
             translate=truth.translate,
         )
