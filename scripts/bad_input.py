@@ -357,6 +357,7 @@ RUN_CASES = [
         MODEL,
         "damaged",
         {"run/config.yaml": RUN_CONFIG, "run/checkpoints/latest/state.json": "text: []"},
+        writes=("run/.training.lock",),
     ),
     Case("demo: output with files in it", "demo -o labels --json", BAD_INPUT, "nothing is overwritten"),
     Case("demo: output below a file", "demo -o notes.txt/demo", BAD_INPUT, "notes.txt", {"notes.txt": "text: x"}),

@@ -116,11 +116,11 @@ def _run_training(
     run = RunFolder(Path(str(config.output)))
     if resume and config.data.images is None and images is None:
         raise ConfigError(f"{config.output}: the run was given arrays; resume it from Python with the same arrays")
-    if resume and ranks.is_first:
-        held.enter_context(training_alone(run))
     data = open_data(config, images, labels)
     if resume:
         check_same_split(run.read_json("split.json"), data, run)
+        if ranks.is_first:
+            held.enter_context(training_alone(run))
     hardware = probe_hardware()
     setup = ranks.share(choose_setup(ranks.with_own_card(config, hardware), hardware))
     location = resolve_model(config.model)
