@@ -99,7 +99,7 @@ def main(cells: Path, folder: Path) -> dict[str, Any]:
     found["followed in place"] = segment.result is result
     result.paint((20, 20), 77)
     click(segment.add_button)
-    found["pairs"] = len(controller.draft.pairs)
+    found["pairs"] = [(pair.image_name, pair.labels_name) for pair in controller.draft.pairs]
 
     # Continue: a second training in the session, from the first; stopped by hand.
     click(segment.continue_button)
