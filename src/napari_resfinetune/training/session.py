@@ -95,8 +95,8 @@ def run_training(
         Before anything is written wherever possible.
     """
     how: dict[str, Any] = {"resume": resume, "keep_levers": keep_levers}
-    with joined_ranks(config) as ranks, contextlib.ExitStack() as held:
-        return _run_training(config, images, labels, on_event, stop, ranks, held, ending, enforce=enforce, **how)
+    with joined_ranks(config) as ranks:
+        return _run_training(config, images, labels, on_event, stop, ranks, ending, enforce=enforce, **how)
 
 
 def _run_training(
@@ -106,7 +106,6 @@ def _run_training(
     on_event: OnEvent | None,
     stop: StopToken | None,
     ranks: Ranks,
-    held: contextlib.ExitStack,
     ending: Ending | None,
     *,
     resume: bool,
@@ -119,8 +118,6 @@ def _run_training(
     data = open_data(config, images, labels)
     if resume:
         check_same_split(run.read_json("split.json"), data, run)
-        if ranks.is_first:
-            held.enter_context(training_alone(run))
     hardware = probe_hardware()
     setup = ranks.share(choose_setup(ranks.with_own_card(config, hardware), hardware))
     location = resolve_model(config.model)
@@ -135,7 +132,10 @@ def _run_training(
         with (
             tf32_as_chosen(setup.precision, setup.device),
             within_limits(setup.limits, setup.device, hardware, enforce=enforce, workers=plan.work.workers),
+            contextlib.ExitStack() as held,
         ):
+            if resume and ranks.is_first:
+                held.enter_context(training_alone(run))
             # A model that cannot be used leaves no run folder behind.
             job, learning = make_job(config, run, data, setup, location, foreign_gb)
             if not resume and ranks.is_first:
