@@ -262,7 +262,7 @@ def _compact(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]
 def _add_image(facts: _Facts, image: NDArray[Any]) -> None:
     facts.pixels += image.shape[0] * image.shape[1]
     facts.digest.update(f"{image.dtype} {image.shape}".encode())
-    facts.digest.update(np.ascontiguousarray(image).view(np.uint8).data)
+    facts.digest.update(np.ascontiguousarray(image).data)
     if image.dtype.kind == "f":
         finite = np.isfinite(image)
         facts.not_finite += int(finite.size - finite.sum())

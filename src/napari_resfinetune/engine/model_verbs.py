@@ -36,9 +36,9 @@ from napari_resfinetune.models import SamModel, load_model
 from napari_resfinetune.planning import (
     PRESETS,
     Plan,
-    asked_device,
     auto_preset,
     choose_precision,
+    device_of,
     kept_where_there_is_room,
     pick_device,
     preset_fits,
@@ -187,7 +187,7 @@ def preview(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
     config = make_config(request["config"])
     source = open_array(Path(request["image"]), axes=request.get("axes"))
     hardware = probe_hardware()
-    device, _ = pick_device(asked_device(config.resources), hardware)
+    device, _ = device_of(config.resources, hardware)
     checkpoint = Path(request["run_dir"]) / "checkpoints" / request["checkpoint"]
     model = load_model(checkpoint, decoder="required", device=device)
     data = config.data

@@ -106,7 +106,7 @@ def evaluate(folder: Path, work: Mapping[str, Any], stop: StopToken) -> dict[str
     from napari_resfinetune.data.pairs import Pairs, find_pairs
     from napari_resfinetune.evaluation import evaluate_model
     from napari_resfinetune.models import load_model, resolve_model
-    from napari_resfinetune.planning import asked_device, choose_precision, pick_device, probe_hardware
+    from napari_resfinetune.planning import choose_precision, device_of, probe_hardware
     from napari_resfinetune.training.prepare import open_data
     from napari_resfinetune.training.step import DTYPES
 
@@ -118,7 +118,7 @@ def evaluate(folder: Path, work: Mapping[str, Any], stop: StopToken) -> dict[str
     else:
         opened = open_data(config)
         pairs = Pairs(tuple(opened.pairs[i] for i in sorted({region.pair for region in opened.split.validation})))
-    device = pick_device(asked_device(config.resources), hardware)[0]
+    device = device_of(config.resources, hardware)[0]
     location = resolve_model(work["model"])
     modes = list(work["modes"])
     if not _has_decoder(location):

@@ -15,7 +15,15 @@ from napari_resfinetune.planning.memory import (
 )
 from napari_resfinetune.planning.planner import Length, Plan, Rates, StepCost, make_plan, what_else, what_larger
 from napari_resfinetune.planning.precision import PrecisionChoice, choose_precision
-from napari_resfinetune.planning.presets import PRESETS, Preset, asked_device, auto_preset, get_preset, preset_fits
+from napari_resfinetune.planning.presets import (
+    PRESETS,
+    Preset,
+    asked_device,
+    auto_preset,
+    device_of,
+    get_preset,
+    preset_fits,
+)
 from napari_resfinetune.planning.report import doctor_report
 
 __all__ = [
@@ -24,6 +32,7 @@ __all__ = [
     "probe_hardware",
     "pick_device",
     "environment_report",
+    "device_of",
     "doctor_report",
     "PrecisionChoice",
     "choose_precision",

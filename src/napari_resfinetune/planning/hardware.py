@@ -198,7 +198,7 @@ def pick_device(requested: str, hardware: Hardware) -> tuple[str, tuple[str, ...
 
 def environment_report(hardware: Hardware) -> dict[str, Any]:
     """Return versions, platform and devices as plain data for `environment.json`. Nothing is imported for it."""
-    return {"packages": {name: _version(name) for name in _PACKAGES}, "hardware": hardware.to_dict()}
+    return {"packages": {name: package_version(name) for name in _PACKAGES}, "hardware": hardware.to_dict()}
 
 
 def has_kernels(capability: tuple[int, int], arch_list: Sequence[str]) -> bool:
@@ -385,7 +385,8 @@ def _has_mps() -> bool:
     return torch.backends.mps.is_available()
 
 
-def _version(distribution: str) -> str | None:
+def package_version(distribution: str) -> str | None:
+    """Return the version of an installed package; `None` where none is known."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

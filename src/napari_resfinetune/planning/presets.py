@@ -150,6 +150,11 @@ def asked_device(resources: ResourcesConfig) -> str:
     return resources.device
 
 
+def device_of(resources: ResourcesConfig, hardware: Hardware) -> tuple[str, tuple[str, ...]]:
+    """Choose where a configuration runs, with the reasons, as `pick_device` gives them."""
+    return pick_device(asked_device(resources), hardware)
+
+
 def auto_preset(hardware: Hardware, device: str | None = None) -> str:
     """Choose the preset with the largest limits that fits what is free.
 

@@ -8,11 +8,11 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from napari_resfinetune.config.cache import read_cached, write_cached
+from napari_resfinetune.planning.hardware import package_version
 from napari_resfinetune.planning.levers import Work
 
 FILE = "dry-runs.json"
@@ -66,15 +66,8 @@ def _is_whole(known: Any) -> TypeGuard[dict[str, float]]:
     return all(isinstance(number, int | float) and 0 <= number < math.inf for number in known.values())
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # installed in some way of its own
-        return ""
-
-
 def _code_hash() -> str:
-    digest = hashlib.blake2b(" ".join(_version(package) for package in _PACKAGES).encode(), digest_size=20)
+    digest = hashlib.blake2b(str([package_version(package) for package in _PACKAGES]).encode(), digest_size=20)
     root = Path(__file__).parents[1]
     for file in sorted(file for floor in _FLOORS for file in (root / floor).rglob("*.py")):
         digest.update(file.read_bytes())

@@ -19,10 +19,9 @@ from napari_resfinetune.planning import (
     Preset,
     Rates,
     Work,
-    asked_device,
+    device_of,
     get_preset,
     make_plan,
-    pick_device,
     rates_here,
     what_else,
     what_larger,
@@ -97,7 +96,7 @@ def plan_anywhere(
 
 def _is_here(preset: Preset, config: FinetuneConfig, hardware: Hardware) -> bool:
     """Say whether this computer has the kind of device that a preset is for, and a card as much memory."""
-    device, _ = pick_device(asked_device(config.resources), hardware)
+    device, _ = device_of(config.resources, hardware)
     card = hardware.gpu(device)
     enough = card is None or preset.gpu_memory_gb is None or card.memory_total_gb >= 0.9 * preset.gpu_memory_gb
     return device.partition(":")[0] == preset.device and enough

@@ -33,12 +33,11 @@ from napari_resfinetune.planning import (
     Limits,
     PrecisionChoice,
     Work,
-    asked_device,
     auto_preset,
     choose_limits,
     choose_precision,
+    device_of,
     get_preset,
-    pick_device,
 )
 from napari_resfinetune.training.job import TrainingJob
 from napari_resfinetune.training.run_folder import RunFolder
@@ -178,7 +177,7 @@ def choose_setup(config: FinetuneConfig, hardware: Hardware) -> Setup:
     ResourceError
         When the configuration asks for what the machine does not have.
     """
-    device, notes = pick_device(asked_device(config.resources), hardware)
+    device, notes = device_of(config.resources, hardware)
     if config.resources.compile and device == "cpu" and not any(shutil.which(name) for name in COMPILERS):
         raise ResourceError(
             f"resources.compile: no C++ compiler found (looked for {', '.join(COMPILERS)}); install one, or leave "
