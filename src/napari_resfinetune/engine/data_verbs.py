@@ -18,7 +18,6 @@ from napari_resfinetune.data.doctor import check_pairs, same_images
 from napari_resfinetune.data.pairs import Pair, Problem, find_pairs
 from napari_resfinetune.data.sources import open_array, read_plane
 from napari_resfinetune.data.split import split_pairs
-from napari_resfinetune.data.synthetic import make_samples
 from napari_resfinetune.engine.process import Request, Say
 from napari_resfinetune.errors import DataError
 from napari_resfinetune.events import StopToken
@@ -175,6 +174,9 @@ def mend(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
 
 def samples(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
     """Draw images of cells with labels into the folder ``output``; their files come back as ``samples``."""
+    # Not at the top: who has images of their own need not wait for what draws some.
+    from napari_resfinetune.data.synthetic import make_samples
+
     folder, made = Path(request["output"]), []
     for number, sample in enumerate(make_samples(*SAMPLES, field_px=512)):
         arrays = {"image": sample.image, "labels": sample.labels}
