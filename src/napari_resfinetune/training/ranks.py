@@ -67,6 +67,10 @@ class Ranks:
         """Say whether a flag is set in any process."""
         return bool(self.most(float(flag)))
 
+    def wait(self) -> None:
+        """Go on once all processes are here."""
+        self.any(False)
+
     def most(self, value: float) -> float:
         """Return the largest of all processes' values."""
         if self.size == 1:

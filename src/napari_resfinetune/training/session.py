@@ -144,6 +144,8 @@ def _run_training(
                 run.write_json("environment.json", environment_report(hardware))
                 run.write_json("plan.json", {**setup.to_dict(), **plan.to_dict()})
                 run.write_json("split.json", data.split.to_dict(data.pairs))
+            # What the others write into the folder must not be there before it is made.
+            ranks.wait()
             opening = _opening(data, setup, plan, learning)
             learn = _Calibration(job, plan, hardware, setup) if enforce and ranks.size == 1 else None
             trainer = Trainer(job, resume=resume, keep_levers=keep_levers, ranks=ranks)
