@@ -15,13 +15,15 @@ from napari_resfinetune.evaluation import score
 from napari_resfinetune.inference import (
     check_mode,
     link_slices,
-    pad_to_patch,
+    pad_to_field,
     plan_tiles,
     segment_plane,
     segment_source,
     write_labels,
 )
+from napari_resfinetune.inference.tiling import embed_plane, whole_field
 from napari_resfinetune.models import load_model
+from napari_resfinetune.models.preprocess import PIXEL_MEAN
 from see_through import disks, paint, see_through_model
 
 EXACT = (0.0, 100.0)
@@ -52,19 +54,38 @@ def test_patch_smaller_than_its_halos() -> None:
         plan_tiles((200, 200), 128, 64)
 
 
-def test_small_images_are_padded_not_enlarged() -> None:
+@pytest.mark.parametrize(("architecture", "side_px", "input_px"), [("vit_b", 128, 1024), ("vit_t", 96, 768)])
+def test_small_images_are_padded_not_enlarged(architecture: str, side_px: int, input_px: int) -> None:
+    """Up to a patch, or, without absolute positions, to a part of it in steps of 128 px of the input."""
     image = np.full((60, 90, 3), 200, np.float32)
-    padded = pad_to_patch(image, 128)
-    assert padded.shape == (128, 128, 3)
-    assert np.array_equal(padded[:60, :90], image)
-    assert padded[100, 100] == pytest.approx((123.675, 116.28, 103.53))
-    assert pad_to_patch(image, 80) is image
     model = see_through_model()
+    model.architecture = architecture
+    padded = pad_to_field(model, image, 128)
+    assert padded.shape == (side_px, side_px, 3)
+    assert np.array_equal(padded[:60, :90], image)
+    assert padded[80, 92] == pytest.approx((123.675, 116.28, 103.53))
+    assert pad_to_field(model, image, 80) is image
     segment_plane(model, image, patch_px=128)
     (seen,) = model.sam.image_encoder.calls
-    assert seen.shape == (1, 3, 1024, 1024)
+    assert seen.shape == (1, 3, input_px, input_px)
     assert (seen[0, :, : 60 * 8 - 8, : 90 * 8 - 8] > 1).all(), "a factor of 1024 / 128 = 8"
     assert seen[0, :, 60 * 8 + 8 :].abs().max() < 1e-4, "padding is zero once normalised"
+
+
+def test_a_small_field_is_what_the_encoder_makes_of_it_in_a_padded_patch() -> None:
+    """Of `starter`, on 200 x 180 px of a patch of 512 px: 32 of 64 columns and rows are computed."""
+    model = load_model("starter").eval()
+    image = paint(disks((200, 180)))
+    (small,) = embed_plane(model, image)
+    padded = np.broadcast_to(np.array(PIXEL_MEAN, np.float32), (512, 512, 3)).copy()
+    padded[:200, :180] = image
+    (whole,) = embed_plane(model, padded)
+    assert small.features.shape[-2:] == (32, 32)
+    put_in_place = whole_field(model, small)
+    assert put_in_place.tile == whole.tile and put_in_place.input_size == whole.input_size == (1024, 1024)
+    difference = (put_in_place.features - whole.features).abs().amax(1)[0] / whole.features.std()
+    assert difference[:25, :22].median() < 0.05, "of the image itself"
+    assert difference[36:46, 36:46].max() < 0.5, "of padding, away from the rims of both"
 
 
 @pytest.mark.parametrize("shape", [(100, 130), (160, 190), (300, 420)])

@@ -25,7 +25,7 @@ from napari_resfinetune.evaluation.objects import Objects
 from napari_resfinetune.evaluation.scores import mean_scores, score_objects
 from napari_resfinetune.events import Compared, StopToken
 from napari_resfinetune.inference.segment import Labels, evaluating
-from napari_resfinetune.inference.tiling import embed_plane, pad_to_patch
+from napari_resfinetune.inference.tiling import embed_plane
 from napari_resfinetune.models import SamModel, load_model, resolve_model
 from napari_resfinetune.training.job import TrainingJob
 from napari_resfinetune.training.run_folder import RunFolder
@@ -220,7 +220,7 @@ def _segment_all(
         for image, labels in planes:
             if stop.stopped:
                 raise Stopped
-            embeddings = list(embed_plane(model, pad_to_patch(image, patch_px), patch_px=patch_px, precision=precision))
+            embeddings = list(embed_plane(model, image, patch_px=patch_px, precision=precision))
             results.append(_result(labels, segment_in_mode(model, image, labels, embeddings, mode, precision)[-1]))
     return results
 

@@ -30,7 +30,7 @@ from napari_resfinetune.inference.segment import (
     segment_embedded,
 )
 from napari_resfinetune.inference.stacks import link_slices
-from napari_resfinetune.inference.tiling import TileEmbedding, embed_plane, pad_to_patch
+from napari_resfinetune.inference.tiling import TileEmbedding, embed_plane
 from napari_resfinetune.models import SamModel
 
 # First prompt of each object, and how many rounds of prompting.
@@ -224,11 +224,10 @@ def _segment(
     """Return label images "ZYX" for each mode, one for each round of prompting."""
     planes: dict[str, list[list[Labels]]] = {mode: [] for mode in modes}
     for image, labels in zip(scored.images, scored.labels, strict=True):
-        padded = pad_to_patch(image, how.patch_px)
         if store is not None:
-            embeddings = store.embed(padded)
+            embeddings = store.embed(image)
         else:
-            embeddings = list(embed_plane(model, padded, patch_px=how.patch_px, precision=how.precision))
+            embeddings = list(embed_plane(model, image, patch_px=how.patch_px, precision=how.precision))
         for mode in modes:
             planes[mode].append(segment_in_mode(model, image, labels, embeddings, mode, how.precision))
     return {

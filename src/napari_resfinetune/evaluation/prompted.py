@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from napari_resfinetune.inference.segment import Labels
-from napari_resfinetune.inference.tiling import TileEmbedding, set_embedding
+from napari_resfinetune.inference.tiling import TileEmbedding, set_embedding, whole_field
 from napari_resfinetune.models import SamModel, upstream
 from napari_resfinetune.training.prompts import Prompts, next_points
 
@@ -95,7 +95,7 @@ def segment_prompted(
     best = [np.full(labels.shape, -np.inf, np.float32) for _ in range(rounds)]
     rng = np.random.default_rng(seed)
     predictor = upstream.SamPredictor(model.sam)
-    for embedding in embeddings:
+    for embedding in (whole_field(model, one) for one in embeddings):
         tile = embedding.tile
         x, y = prompts.points.T
         inside = (tile.core_y[0] <= y) & (y < tile.core_y[1]) & (tile.core_x[0] <= x) & (x < tile.core_x[1])

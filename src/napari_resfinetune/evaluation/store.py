@@ -24,13 +24,13 @@ import torch
 from numpy.typing import NDArray
 
 from napari_resfinetune.config.cache import cache_folder
-from napari_resfinetune.inference.tiling import TileEmbedding, embed_tile, plan_tiles
+from napari_resfinetune.inference.tiling import TileEmbedding, embed_tile, field_input_px, pad_to_field, plan_tiles
 from napari_resfinetune.models import SamModel, encoder_units, resized_shape, weights_hash
 from napari_resfinetune.training.feature_cache import FeatureCache, name_of_part
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 EMBEDDINGS_GB = 20.0
 SCORES = "scores"
 _PACKAGES = ("napari-resfinetune", "micro-sam", "python-elf", "torch", "scipy", "scikit-image")
@@ -59,6 +59,7 @@ class Store:
         self.model = model
         self.patch_px, self.precision = patch_px, precision
         self.hits = self.misses = 0
+        self._features: dict[int, FeatureCache] = {}
         parts = {"sam": model.sam, "instance_decoder": model.instance_decoder}
         state = {
             f"{part}.{name}": tensor
@@ -68,21 +69,24 @@ class Store:
         }
         self._how = [FORMAT, _versions(), weights_hash(state), model.device.type, patch_px, str(precision)]
 
-    @functools.cached_property
-    def features(self) -> FeatureCache:
-        """Embeddings, opened when the first is asked for."""
-        encoder = self.model.sam.image_encoder
-        part = name_of_part(encoder_units(encoder), input_px=self.model.input_px, autocast=str(self.precision))
-        return FeatureCache(self.folder, part, EMBEDDINGS_GB, logger.info)
+    def features(self, input_px: int) -> FeatureCache:
+        """Return embeddings of windows that take so much of the model's input, opened when the first is asked for."""
+        if input_px not in self._features:
+            units = encoder_units(self.model.sam.image_encoder)
+            part = name_of_part(units, input_px=input_px, autocast=str(self.precision))
+            self._features[input_px] = FeatureCache(self.folder, part, EMBEDDINGS_GB, logger.info)
+        return self._features[input_px]
 
     def embed(self, image: NDArray[np.float32]) -> list[TileEmbedding]:
-        """Return the embeddings of all windows of an image that `pad_to_patch` has seen, in 16-bit precision."""
+        """Return what `embed_plane` gives, in 16-bit precision."""
         found = []
-        for tile in plan_tiles((image.shape[0], image.shape[1]), self.patch_px):
-            pixels = torch.from_numpy(np.ascontiguousarray(image[tile.window]))
-            compute = functools.partial(self._compute, image, tile)
-            features = self.features.get(pixels, compute).to(self.model.device)
-            found.append(TileEmbedding(tile, features, resized_shape(tile.shape, self.model.input_px)))
+        padded = pad_to_field(self.model, image, self.patch_px)
+        for tile in plan_tiles((padded.shape[0], padded.shape[1]), self.patch_px):
+            pixels = torch.from_numpy(np.ascontiguousarray(padded[tile.window]))
+            compute = functools.partial(self._compute, padded, tile)
+            input_px = field_input_px(self.model, tile)
+            features = self.features(input_px).get(pixels, compute).to(self.model.device)
+            found.append(TileEmbedding(tile, features, resized_shape(tile.shape, input_px)))
         return found
 
     def _compute(self, image: NDArray[np.float32], tile: Any) -> torch.Tensor:

@@ -32,7 +32,7 @@ from napari_resfinetune.inference.stacks import check_link, segment_source
 from napari_resfinetune.models import SamModel, weights_hash
 
 # Raise it when the same model, image and settings give other labels than before.
-SEGMENTATION_VERSION = 2
+SEGMENTATION_VERSION = 3
 OnImageProgress = Callable[[str, int, int], None]
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 
 from napari_resfinetune.errors import ConfigError, DataError, ModelError
-from napari_resfinetune.inference.tiling import Tile, TileEmbedding, autocast, embed_plane, pad_to_patch, set_embedding
+from napari_resfinetune.inference.tiling import Tile, TileEmbedding, autocast, embed_plane, set_embedding, whole_field
 from napari_resfinetune.models import SamModel, upstream
 
 Labels = NDArray[np.uint32]
@@ -146,9 +146,8 @@ def segment_plane(
     check_mode(mode, parameters)
     check_decoder(model, mode)
     check_image(image)
-    padded = pad_to_patch(image, patch_px)
     with evaluating(model):
-        embeddings = embed_plane(model, padded, patch_px=patch_px, halo_px=halo_px, precision=precision)
+        embeddings = embed_plane(model, image, patch_px=patch_px, halo_px=halo_px, precision=precision)
         return segment_embedded(model, image, embeddings, mode=mode, precision=precision, parameters=parameters)
 
 
@@ -252,6 +251,7 @@ def segment_window(
     model: SamModel, embedding: TileEmbedding, mode: str, precision: torch.dtype | None, settings: Mapping[str, Any]
 ) -> Labels:
     """Segment one window with prompts, as "YX" of the window's shape."""
+    embedding = whole_field(model, embedding)
     predictor = upstream.SamPredictor(model.sam)
     set_embedding(predictor, embedding)
     if mode == "apg":

@@ -1,8 +1,10 @@
 """How a plane is cut for the model, and the embeddings of the pieces.
 
 The model sees objects at the size it saw them in training, where a patch of `patch_px` fills its whole input. So a
-window is never larger than one and a half patches, and what is smaller than a patch is padded, not enlarged. Windows of
-a large plane all have the side of a patch (those of micro-sam's tiling are smaller at the rim, and enlarged more).
+window is never larger than one and a half patches, and what is smaller than a patch is padded, not enlarged: up to a
+patch, or, for TinyViT, which knows no absolute positions, up to as little as that needs, for a fraction of the time.
+Windows of a large plane all have the side of a patch (those of micro-sam's tiling are smaller at the rim, and enlarged
+more).
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from napari_resfinetune.models.encoder import encode
 from napari_resfinetune.models.preprocess import PIXEL_MEAN, to_model_input
 
 HALO_PX = 64
+# Few different sides of inputs, so that what libraries prepare for one is used again.
+FIELD_STEP_PX = 128
 WHOLE_UP_TO = 1.5
 
 
@@ -35,12 +39,15 @@ class Tile:
         Start and stop of what the model sees.
     core_y, core_x
         Start and stop of the part that this tile answers for; the cores of a plane meet without gap or overlap.
+    field
+        How much of a side of the model's input the window takes.
     """
 
     y: tuple[int, int]
     x: tuple[int, int]
     core_y: tuple[int, int]
     core_x: tuple[int, int]
+    field: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -73,9 +80,10 @@ class TileEmbedding:
     tile
         The window.
     features
-        float32 "BCYX" with one image of 256 channels, on the model's device.
+        float32 "BCYX" with one image of 256 channels, on the model's device; as much of the model's grid as the field
+        takes.
     input_size
-        Height and width of the enlarged window inside the model's square input, in model pixels.
+        Height and width of the enlarged window inside the square input, in model pixels.
     """
 
     tile: Tile
@@ -114,17 +122,23 @@ def plan_tiles(shape_yx: tuple[int, int], patch_px: int, halo_px: int | None = N
         )
     if max(shape_yx) <= WHOLE_UP_TO * patch_px:
         whole = ((0, shape_yx[0]), (0, shape_yx[1]))
-        return (Tile(*whole, *whole),)
+        return (Tile(*whole, *whole, field=min(1.0, max(shape_yx) / patch_px)),)
     rows, columns = (_spans(length, patch_px, halo_px) for length in shape_yx)
     return tuple(Tile(y, x, core_y, core_x) for y, core_y in rows for x, core_x in columns)
 
 
-def pad_to_patch(image: NDArray[np.float32], patch_px: int) -> NDArray[np.float32]:
-    """Pad an image, "YXC", at the bottom and right with SAM's mean colour, when both sides are below `patch_px`."""
+def pad_to_field(model: SamModel, image: NDArray[np.float32], patch_px: int) -> NDArray[np.float32]:
+    """Pad an image, "YXC", at the bottom and right with SAM's mean colour, when both sides are below `patch_px`.
+
+    The result is square, and what the model can take as a part of its input, at the scale of a patch.
+    """
     height, width = image.shape[:2]
     if max(height, width) >= patch_px:
         return image
-    padded = np.empty((patch_px, patch_px, 3), np.float32)
+    steps = -(-max(height, width) * model.input_px // (patch_px * FIELD_STEP_PX))
+    input_px = min(max(steps * FIELD_STEP_PX, model.least_input_px), model.input_px)
+    side = -(-input_px * patch_px // model.input_px)
+    padded = np.empty((side, side, 3), np.float32)
     padded[:] = PIXEL_MEAN  # zero once normalised
     padded[:height, :width] = image
     return padded
@@ -160,7 +174,7 @@ def embed_window(
     device = model.device
     patch = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None].to(device)
     with autocast(device, precision):
-        inputs, input_size = to_model_input(patch, model.input_px)
+        inputs, input_size = to_model_input(patch, field_input_px(model, tile))
         features = encode(model.sam.image_encoder, inputs)
     return TileEmbedding(tile, features.float(), (int(input_size[0]), int(input_size[1])))
 
@@ -173,9 +187,34 @@ def embed_plane(
     halo_px: int | None = None,
     precision: torch.dtype | None = None,
 ) -> Iterator[TileEmbedding]:
-    """Yield the embeddings of all windows of an image that `pad_to_patch` has seen, one at a time."""
-    for tile in plan_tiles((image.shape[0], image.shape[1]), patch_px, halo_px):
-        yield embed_tile(model, image, tile, precision)
+    """Yield the embeddings of all windows of an image, padded where it is small, one at a time."""
+    padded = pad_to_field(model, image, patch_px)
+    for tile in plan_tiles((padded.shape[0], padded.shape[1]), patch_px, halo_px):
+        yield embed_tile(model, padded, tile, precision)
+
+
+def field_input_px(model: SamModel, tile: Tile) -> int:
+    """Return the side of the input, in px, that a window takes."""
+    return round(tile.field * model.input_px / FIELD_STEP_PX) * FIELD_STEP_PX if tile.field < 1 else model.input_px
+
+
+@torch.no_grad()
+def whole_field(model: SamModel, embedding: TileEmbedding) -> TileEmbedding:
+    """Return the embedding of a small window as if it had been padded to a patch; prompts need that.
+
+    Far from the rim of the input and from the window, what the encoder makes of padding is the same everywhere.
+    """
+    if embedding.tile.field >= 1:
+        return embedding
+    patch_px = round(embedding.tile.shape[0] / embedding.tile.field)
+    side = model.input_px // 16
+    features = embedding.features
+    padding = encode(model.sam.image_encoder, features.new_zeros(1, 3, model.input_px // 2, model.input_px // 2))
+    middle = side // 4
+    whole = padding[..., middle : middle + 1, middle : middle + 1].float().repeat(1, 1, side, side)
+    whole[..., : features.shape[-2], : features.shape[-1]] = features
+    span = (0, patch_px)
+    return TileEmbedding(Tile(span, span, span, span), whole, (model.input_px, model.input_px))
 
 
 def set_embedding(predictor: Any, embedding: TileEmbedding) -> None:

@@ -17,7 +17,7 @@ from napari_resfinetune.models.instance_decoder import run_instance_decoder
 from napari_resfinetune.models.lora import merge_lora
 from napari_resfinetune.models.names import ARCHITECTURES, known_model
 from napari_resfinetune.models.resolve import ModelLocation, resolve_model
-from napari_resfinetune.models.tiny_vit import TinyViTEncoder
+from napari_resfinetune.models.tiny_vit import LEAST_INPUT_PX, TinyViTEncoder
 from napari_resfinetune.models.weights import (
     State,
     Weights,
@@ -94,6 +94,11 @@ class SamModel(nn.Module):
     def input_px(self) -> int:
         """Side of the square input, in px."""
         return int(self.sam.image_encoder.img_size)
+
+    @property
+    def least_input_px(self) -> int:
+        """Side of the smallest input, in px, that the image encoder takes as a part of the whole one."""
+        return min(LEAST_INPUT_PX, self.input_px) if self.architecture == "vit_t" else self.input_px
 
     @property
     def device(self) -> torch.device:

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from napari_resfinetune.errors import ModelError
 from napari_resfinetune.models import upstream
 
+# What starts were trained with at least, and little beside what a smaller one would save.
+LEAST_INPUT_PX = 256
 _RENAMES = (
     (r"^patch_embed\.conv1\.", "patch_embed.seq.0."),
     (r"^patch_embed\.conv2\.", "patch_embed.seq.2."),
