@@ -277,6 +277,23 @@ def test_early_stopping_ends_a_run_that_gets_no_better(cells, tmp_path):
     assert not any(isinstance(event, Step) for event in again)
 
 
+def test_a_run_ends_when_its_minutes_are_over(cells, tmp_path):
+    """In the middle of an epoch, which is validated; a longer time goes on with the next one."""
+    events: list[Event] = []
+    result = run(cells, tmp_path / "run", events, training={"epochs": 2, "samples_per_epoch": 400, "minutes": 0.05})
+    steps = [event for event in events if isinstance(event, Step)]
+    (ended,) = (event for event in events if isinstance(event, EpochEnded))
+    assert result.status == "finished" and result.seconds > 3
+    assert 1 <= len(steps) < 200
+    assert ended.train_loss == pytest.approx(np.mean([step.loss for step in steps]))
+    assert (tmp_path / "run" / "model.pt").is_file()
+    again: list[Event] = []
+    assert rf.resume(tmp_path / "run", on_event=again.append).status == "finished"
+    assert not any(isinstance(event, Step) for event in again)
+    rf.resume(tmp_path / "run", minutes=result.seconds / 60 + 0.05, on_event=again.append)
+    assert {event.epoch for event in again if isinstance(event, Step)} == {1}
+
+
 def test_nothing_is_overwritten_and_a_refused_run_leaves_nothing(cells, tmp_path):
     taken = tmp_path / "taken"
     taken.mkdir()

@@ -105,6 +105,7 @@ def resume(
     on_event: OnEvent | None = None,
     stop: StopToken | None = None,
     epochs: int | None = None,
+    minutes: float | None = None,
     resources: Mapping[str, Any] | None = None,
     isolate: bool = False,
     enforce_limits: bool = False,
@@ -120,8 +121,8 @@ def resume(
         Needed only for a run that was given arrays.
     on_event, stop
         As for `train`.
-    epochs
-        A new number of epochs.
+    epochs, minutes
+        A new number of epochs, or of minutes, those of before included. More epochs without minutes lift that limit.
     resources
         Changes to that section of the configuration, as ``{"memory_gb": 12}``. What an earlier session had to switch on
         when its memory ran out is then no longer kept.
@@ -138,8 +139,8 @@ def resume(
     _, config = open_run(Path(run_dir))
     config = config.model_copy(update={"output": Path(run_dir)})
     changes: dict[str, Any] = {"resources": resources or {}}
-    if epochs is not None:
-        changes["training"] = {"epochs": epochs}
+    if epochs is not None or minutes is not None:
+        changes["training"] = {"epochs": epochs or config.training.epochs, "minutes": minutes}
     config = make_config(merge(config.model_dump(mode="json"), changes), "resume")
     return _train(
         config,

@@ -200,6 +200,9 @@ def plan(
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
     epochs: Annotated[int | None, typer.Option(help="A new number of epochs.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="A new number of minutes, those of before included; see training.minutes.")
+    ] = None,
     isolate: Isolate = False,
     processes: Processes = 1,
     set_: Annotated[
@@ -213,11 +216,14 @@ def resume(
         changes = parse_overrides(set_ or [])
         others = sorted(set(changes) - {"resources"})
         if others:
-            raise ConfigError(f"--set {others[0]}: a run keeps it; only resources (and --epochs) may change on resume")
+            raise ConfigError(
+                f"--set {others[0]}: a run keeps it; only resources (and --epochs, --minutes) may change on resume"
+            )
         with stop_on_interrupt() as stop, TrainingProgress() as progress:
             result = api.resume(
                 run,
                 epochs=epochs,
+                minutes=minutes,
                 resources=changes.get("resources"),
                 on_event=progress,
                 stop=stop,

@@ -185,6 +185,11 @@ class TrainingConfig(_Frozen):
     plateau_factor: float = Field(0.9, gt=0, lt=1, description="the rate is multiplied by this on a plateau")
     plateau_patience: int = Field(3, ge=0, description="epochs without improvement before that")
     early_stopping: PositiveInt | None = Field(10, description="stop after this many epochs without improvement")
+    minutes: PositiveFloat | None = Field(
+        None,
+        description="train for at most so many minutes, validation and earlier sessions of the run included; the epoch "
+        "in which they are over is cut short; the number of steps then depends on the machine",
+    )
     targets: Targets = Field(
         "both", description="which decoders learn: 'both', 'masks' (prompts) or 'instances' (automatic)"
     )

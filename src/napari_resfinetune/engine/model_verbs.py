@@ -96,7 +96,8 @@ def plan(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
     answer = made.to_dict()
     patience = config.training.early_stopping or config.training.epochs
     least = min(config.training.epochs, patience + 1)
-    answer["seconds_at_least"] = made.seconds_first_epoch + made.seconds_per_epoch * (least - 1)
+    at_least = made.seconds_first_epoch + made.seconds_per_epoch * (least - 1)
+    answer["seconds_at_least"] = min(at_least, made.seconds_at_most)
     answer["smaller"] = None if made.fits else _smaller(config, held_out)
     return answer
 

@@ -38,7 +38,7 @@ def _go_on(request: Request, say: Say, stop: StopToken) -> dict[str, Any]:
     run_dir = Path(request["run_dir"])
     config = open_run(run_dir)[1].model_copy(update={"output": run_dir})
     if request.get("epochs"):
-        longer = config.training.model_copy(update={"epochs": int(request["epochs"])})
+        longer = config.training.model_copy(update={"epochs": int(request["epochs"]), "minutes": None})
         config = config.model_copy(update={"training": longer})
     return _train(config, say, stop, resume=True)
 

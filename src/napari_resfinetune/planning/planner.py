@@ -7,6 +7,7 @@ runs on this machine really took (`planning.calibration`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -97,6 +98,7 @@ class Length:
     steps_per_epoch: int
     validation_samples: int
     patches_kept: int = 0
+    most_seconds: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Plan:
     breakdown_gb
         `peak_gb` by what takes it.
     seconds_per_step, seconds_first_epoch, seconds_per_epoch, seconds_at_most
-        The last is all epochs; early stopping may end it sooner.
+        The last is all epochs, or the minutes that are allowed; early stopping may end it sooner.
     disk_gb
         Of the run folder, with its feature cache.
     levers
@@ -316,7 +318,7 @@ def _plan(
         seconds_per_step=step,
         seconds_first_epoch=first,
         seconds_per_epoch=epoch,
-        seconds_at_most=first + epoch * max(0, length.epochs - 1),
+        seconds_at_most=min(first + epoch * max(0, length.epochs - 1), length.most_seconds),
         disk_gb=disk_gb,
         levers=pulled,
         rates=rates,

@@ -151,9 +151,10 @@ class Trainer:
                 yield from self._pending
                 self._pending.clear()
                 yield from self._train_step(batch)
-                if progress.step == self.steps_per_epoch:
+                time_is_over = self.ranks.any(self._time_is_over())
+                if progress.step == self.steps_per_epoch or time_is_over:
                     yield from self._end_epoch()
-                    status = self._ended()
+                    status = "finished" if time_is_over else self._ended()
                 elif time.monotonic() - self._saved > self.plan.save_minutes * 60:
                     yield self._save("latest")
                 while self._notes:
@@ -175,11 +176,14 @@ class Trainer:
     def _ended(self) -> Status | None:
         """Say whether the run is over, between two epochs."""
         progress, patience = self.progress, self.plan.early_stopping
-        if progress.epoch >= self.plan.epochs:
+        if progress.epoch >= self.plan.epochs or (progress.step == 0 and self._time_is_over()):
             return "finished"
         if progress.step == 0 and patience is not None and progress.epoch - 1 - progress.best_epoch >= patience:
             return "early_stopped" if progress.best_epoch >= 0 else None
         return None
+
+    def _time_is_over(self) -> bool:
+        return self.plan.minutes is not None and self.progress.seconds >= 60 * self.plan.minutes
 
     def _fail(self, what: str) -> TrainingError:
         """Save what was reached and return the error to raise."""
@@ -446,7 +450,7 @@ class Trainer:
             progress.best_metric, progress.best_epoch = metric, progress.epoch
         ended = EpochEnded(
             epoch=progress.epoch,
-            train_loss=progress.loss_sum / self.steps_per_epoch,
+            train_loss=progress.loss_sum / progress.step,
             metric=metric,
             mask_metric=mask,
             instance_metric=instance,

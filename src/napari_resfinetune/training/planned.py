@@ -47,7 +47,8 @@ def length_of(config: FinetuneConfig, held_out: int) -> Length:
     """Return how often steps and validations of a run with so many held-out regions happen."""
     training = config.training
     kept = training.patch_bank or training.samples_per_epoch
-    return Length(training.epochs, training.steps_per_epoch, held_out, kept + held_out)
+    most_seconds = math.inf if training.minutes is None else 60 * training.minutes
+    return Length(training.epochs, training.steps_per_epoch, held_out, kept + held_out, most_seconds)
 
 
 def plan_run(config: FinetuneConfig, setup: Setup, hardware: Hardware, architecture: str, length: Length) -> Plan:

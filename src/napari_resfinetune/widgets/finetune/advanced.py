@@ -18,6 +18,7 @@ SECTIONS: dict[str, Any] = {"data": DataConfig, "training": TrainingConfig, "res
 SHOWN = (
     "training.epochs",
     "training.early_stopping",
+    "training.minutes",
     "training.samples_per_epoch",
     "training.learning_rate",
     "training.objects",
@@ -37,6 +38,7 @@ WHOLE_NUMBERS = (
     "training.seed",
 )
 AUTOMATIC = "automatic"
+EMPTY_MEANS = {"training.early_stopping": "never", "training.minutes": "no limit"}
 
 
 class AdvancedForm(QObject):
@@ -112,7 +114,7 @@ def _field(key: str) -> Any:
         return ComboBox(choices=tuple(range(128, 1025, 64)), value=described.default, **options)
     line = LineEdit(**options)
     empty = _meant_by_nothing(key)
-    line.native.setPlaceholderText(f"{empty:g}" if empty is not None else "never" if described.default else AUTOMATIC)
+    line.native.setPlaceholderText(f"{empty:g}" if empty is not None else EMPTY_MEANS.get(key, AUTOMATIC))
     return line
 
 
