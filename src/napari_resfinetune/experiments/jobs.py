@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from napari_resfinetune.errors import ConfigError, ResourceError
+from napari_resfinetune.training.run_folder import RunFolder
 
 STOP_FILE = "stop"
 PLAN_FILE = "plan.json"
@@ -125,4 +126,4 @@ def forget_error(output: Path, name: str) -> None:
 
 def has_checkpoint(output: Path, name: str) -> bool:
     """Say whether there is a training to go on with."""
-    return (job_folder(output, name) / "run" / "checkpoints" / "latest").is_dir()
+    return RunFolder(job_folder(output, name) / "run").can_resume

@@ -28,6 +28,7 @@ from napari_resfinetune.errors import DataError, ResFinetuneError, ResourceError
 from napari_resfinetune.events import Event, Failed, OnEvent, StopToken, event_from_dict
 from napari_resfinetune.training.ranks import check_processes
 from napari_resfinetune.training.result import TrainResult
+from napari_resfinetune.training.run_folder import RunFolder
 
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 STOP = "stop"
@@ -88,7 +89,7 @@ def train_in_child(
             for each in children:
                 _end(each)
     if outcome is None:
-        resumable = (run_dir / "checkpoints" / "latest").is_dir()
+        resumable = RunFolder(run_dir).can_resume
         failed = Failed(_killed(child.returncode, run_dir, resumable), resumable=resumable)
         _append_event(run_dir / "events.jsonl", failed)
         if on_event is not None:

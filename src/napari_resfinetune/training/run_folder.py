@@ -53,6 +53,11 @@ class RunFolder:
         return self.path / "checkpoints" / "latest"
 
     @property
+    def can_resume(self) -> bool:
+        """Whether there is a checkpoint to continue from."""
+        return self.latest.is_dir() and self.config.is_file()
+
+    @property
     def best(self) -> Path:
         """The checkpoint with the best validation metric."""
         return self.path / "checkpoints" / "best"

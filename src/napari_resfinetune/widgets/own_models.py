@@ -6,6 +6,7 @@ from pathlib import Path
 
 from napari_resfinetune.errors import ConfigError
 from napari_resfinetune.library import ModelEntry, list_models
+from napari_resfinetune.training.run_folder import RunFolder
 
 
 def own_models(folder: Path) -> list[ModelEntry]:
@@ -29,11 +30,7 @@ def has_model(entry: ModelEntry) -> bool:
 def can_go_on(entry: ModelEntry) -> bool:
     """Whether a run was paused, stopped or cut off, and its checkpoint is there."""
     ended_or_runs = entry.status in ("finished", "early_stopped", "in training")
-    return (
-        not ended_or_runs
-        and (entry.path / "checkpoints" / "latest").is_dir()
-        and (entry.path / "config.yaml").is_file()
-    )
+    return not ended_or_runs and RunFolder(entry.path).can_resume
 
 
 def score_of(entry: ModelEntry) -> str:

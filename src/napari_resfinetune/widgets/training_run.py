@@ -13,6 +13,7 @@ from typing import Any
 
 from qtpy.QtCore import QObject, Signal
 
+from napari_resfinetune.training.run_folder import RunFolder
 from napari_resfinetune.widgets.engine_client import TRAINING, EngineClient
 
 RECENT_STEPS = 20
@@ -185,7 +186,7 @@ class TrainingRun(QObject):
         self._job = None
         history = self.history
         history.problems = problems
-        history.resumable = (Path(history.run_dir) / "checkpoints" / "latest").is_dir()
+        history.resumable = RunFolder(Path(history.run_dir)).can_resume
         for problem in problems:
             history.note(problem)
         self._set(State.FAILED)
