@@ -437,6 +437,7 @@ def test_a_failure_says_what_happened_and_goes_on_from_the_checkpoint(widget, qt
     engine = widget.controller.engine
     engine.tell(started(run_dir), *an_epoch(0, 0.9, 0))
     (Path(run_dir) / "checkpoints" / "latest").mkdir(parents=True)
+    (Path(run_dir) / "config.yaml").touch()
     engine.refuse("train", "the training process was killed (SIGKILL)")
     assert widget.outcome.headline.text() == "It could not go on."
     assert "SIGKILL" in widget.outcome.details.text()

@@ -10,7 +10,7 @@ from magicgui.types import FileDialogMode
 from magicgui.widgets import Container, FileEdit
 from napari.layers import Image, Labels
 from qtpy.compat import isalive
-from qtpy.QtCore import QEvent, QObject, QSize, Qt, QTimer, Signal
+from qtpy.QtCore import QEvent, QObject, QSize, Qt, Signal
 from qtpy.QtGui import QDragEnterEvent, QDropEvent, QIcon, QImage, QKeyEvent, QPixmap
 from qtpy.QtWidgets import (
     QComboBox,
@@ -27,12 +27,12 @@ from qtpy.QtWidgets import (
 
 from napari_resfinetune.widgets.controller import Controller
 from napari_resfinetune.widgets.draft import PairItem
+from napari_resfinetune.widgets.finetune.pair_check import PairCheck
 from napari_resfinetune.widgets.pairing import add_sample_cells, best_labels, pairs_of_layers
 from napari_resfinetune.widgets.parts import Words, heading
 from napari_resfinetune.widgets.theme import connect_for_life, follow_layers
 from napari_resfinetune.words import counted
 
-CHECK_MS = 300
 # Heights in the list: a pair, a problem, and all of it.
 ROW_PX, PROBLEM_PX, MOST_PX = 31, 52, 250
 NUMBER = Qt.ItemDataRole.UserRole
@@ -71,20 +71,13 @@ class ImagesSection(QWidget):
         self.report: dict[str, Any] | None = None
         # Why the pairs could not be looked at.
         self.problem = ""
-        self.files: list[tuple[str, str]] = []
-        # Where layers were copied to, by id, and those that were painted on since.
-        self._copies: dict[int, str] = {}
-        self._changed: set[int] = set()
-        self._checked_with: Any = None
         # What could not be paired when images were last added, in words.
         self._left_out = ""
         self.setAcceptDrops(True)
-        self._timer = QTimer(self)
-        self._timer.setSingleShot(True)
-        self._timer.setInterval(CHECK_MS)
-        self._timer.timeout.connect(self._export)
+        self._check = PairCheck(controller, self)
+        self._check.answered.connect(self._answered)
+        self._check.failed.connect(self._fail)
         self._build()
-        self._watched: list[tuple[Any, list[Any]]] = []
         self._draft.pairs_changed.connect(self._pairs_changed)
         follow_layers(controller.viewer, self._layers_changed)
         connect_for_life(controller.viewer.layers.events.renamed, self._show_rows)
@@ -326,89 +319,23 @@ class ImagesSection(QWidget):
         self.hint.say((NO_LABELS if images and not labels else EMPTY) if empty else "")
 
     def _pairs_changed(self, *_: Any) -> None:
-        self._watch_layers()
         self.report, self.problem = None, ""
         self.again_button.setVisible(False)
         self._show_rows()
         self._show_what_is_possible()
         self.note.say("")
-        self._timer.start()
-
-    def _watch_layers(self) -> None:
-        """Check again when somebody paints on labels."""
-        for layer, called in self._watched:
-            for emitter, call in zip(_edits_of(layer), called, strict=True):
-                emitter.disconnect(call)
-        layers = {id(layer): layer for pair in self._draft.pairs for layer in pair.layers}
-        # What is not watched may change unseen, or its id may become that of another layer.
-        before = {id(layer) for layer, _ in self._watched}
-        self._copies = {key: path for key, path in self._copies.items() if key in layers and key in before}
-        self._watched = [
-            (layer, [connect_for_life(emitter, self._edited) for emitter in _edits_of(layer)])
-            for layer in layers.values()
-        ]
-
-    def _edited(self, event: Any = None) -> None:
-        self._changed.add(id(event.source))
-        self._timer.start()
+        self._check.pairs_changed()
 
     def check_again(self) -> None:
         """Check soon, if settings have changed that matter."""
-        if self._draft.pairs and self._settings() != self._checked_with:
-            self._timer.start()
-
-    def _settings(self) -> tuple[Any, int]:
-        return self._draft.config.data, self._draft.config.training.seed
+        self._check.settings_changed()
 
     def _fail(self, problems: list[str]) -> None:
         """Say why the pairs could not be looked at, and let that be tried again."""
         self.problem = "The images could not be looked at."
-        self._copies.clear()  # another look begins with new ones
         self.note.say(self._in_words("\n".join(problems)), "bad")
         self.again_button.setVisible(True)
         self.failed.emit()
-
-    def _export(self) -> None:
-        pairs = self._draft.pairs
-        if not pairs:
-            self._answered({"pairs": [], "problems": [], "note": "", "held_out_regions": 2})
-            return
-        layers = [layer for pair in pairs for layer in pair.layers]
-        # Others are as they were when they were last copied. (A start copies all of them.)
-        layers = [layer for layer in layers if id(layer) not in self._copies or id(layer) in self._changed]
-        for layer in layers:
-            self._copies.pop(id(layer), None)
-        self._changed.clear()
-
-        def exported(files: Any) -> None:
-            if not isalive(self):
-                return
-            if isinstance(files, Exception):
-                self._fail([f"The layers cannot be copied: {files}"])
-                return
-            self._copies.update(files)
-            if pairs == self._draft.pairs and all(id(layer) in self._copies for p in pairs for layer in p.layers):
-                self.files = [pair.files(self._copies) for pair in pairs]
-                self._ask(pairs)
-
-        self._controller.exporter.export(layers, exported)
-
-    def _ask(self, pairs: tuple[PairItem, ...]) -> None:
-        asked = [
-            {"image": image, "labels": labels, "held_out": pair.held_out}
-            for pair, (image, labels) in zip(pairs, self.files, strict=True)
-        ]
-        config, self._checked_with = self._draft.config, self._settings()
-        self._controller.engine.ask(
-            "check",
-            owner=self,
-            topic="check",
-            on_result=lambda report: self._answered(report) if pairs == self._draft.pairs else None,
-            on_error=self._fail,
-            pairs=asked,
-            data=config.data.model_dump(mode="json"),
-            seed=config.training.seed,
-        )
 
     def _answered(self, report: dict[str, Any]) -> None:
         self.report, self.problem = report, ""
@@ -474,7 +401,7 @@ class ImagesSection(QWidget):
 
     def _mend(self, number: int, code: str, button: QPushButton) -> None:
         pair = self._draft.pairs[number]
-        image, labels = self.files[number]
+        image, labels = self._check.files[number]
         button.setEnabled(False)
 
         def mended(answer: dict[str, Any]) -> None:
@@ -509,11 +436,6 @@ class ImagesSection(QWidget):
             output=str(self._controller.arrays),
             min_object_px=self._draft.config.data.min_object_px,
         )
-
-
-def _edits_of(layer: Any) -> list[Any]:
-    """Return the events that tell that a layer's pixels have changed."""
-    return [layer.events.data, *([layer.events.paint] if isinstance(layer, Labels) else [])]
 
 
 def _thumbnail(rows: list[list[int]] | None) -> QIcon:
