@@ -3,12 +3,16 @@
     python scripts/pretrain_starter.py work/starter --steps 6000
     python scripts/pretrain_starter.py work/starter --steps 6000     # again: goes on where it stopped
     python scripts/pretrain_starter.py work/starter --minutes 6 --batch 32 --workers 15    # on a card
+    python scripts/pretrain_starter.py work/masks --start STARTER --masks-only --window-px 256 512 1024 --batch 1
     python scripts/pretrain_starter.py work/starter --pack src/napari_resfinetune/models/starter.safetensors
 
 Each step sees new windows of generated fields, at the scale of SAM's 1024 px input: `vit_t` has no absolute positions,
 so that what it learns from a window holds for the whole field. Both decoders learn, with the parts of this package's
 training step; all windows of a batch go through each part together, so that a card is not kept waiting. The packed
 weights are the running average. Nothing but generated images goes in.
+
+The mask decoder attends to the whole field: what it learned on small windows it does not know of large ones. So at last
+it learns alone, on windows of all sizes, behind an encoder that stays as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import argparse
 import csv
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +56,15 @@ SHARES = {
 # SAM pads fields that are not square, and we pad those below a patch; a decoder that never saw padding is lost there.
 PADDED_SHARE = 0.35
 DECAYING_SHARE = 0.3
-AVERAGE_DECAY, WARM_UP_STEPS, PATCHES_TO_MEASURE, LOG_EVERY, SAVE_EVERY = 0.998, 100, 32, 25, 250
+PATCHES_TO_MEASURE, LOG_EVERY, SAVE_EVERY = 32, 25, 100
 MOST_STEPS = 1_000_000
 
 
 class Windows(Dataset[Patch]):
     """Windows of generated fields; a window depends on its number alone."""
 
-    def __init__(self, window_px: int, count: int) -> None:
-        self.window_px, self.count = window_px, count
+    def __init__(self, sides_px: Sequence[int], batch: int, count: int) -> None:
+        self.sides_px, self.batch, self.count = sides_px, batch, count
 
     def __len__(self) -> int:
         return self.count
@@ -67,7 +73,7 @@ class Windows(Dataset[Patch]):
         for attempt in range(100):
             rng = np.random.default_rng([number, attempt])
             modality = str(rng.choice(MODALITIES, p=[SHARES[name] for name in MODALITIES]))
-            side = self.window_px
+            side = self.sides_px[number // self.batch % len(self.sides_px)]
             sample = make_sample(modality, seed=int(rng.integers(2**31)), shape=(side, side), field_px=FIELD_PX)
             patch = self._to_patch(sample.image, sample.labels.astype(np.int64), rng, number)
             if patch is not None:
@@ -79,7 +85,8 @@ class Windows(Dataset[Patch]):
         rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
         scaled = apply_scaling(rgb, measure_scaling(source))
         if rng.random() < PADDED_SHARE:
-            height, width = (int(self.window_px * min(1.0, rng.uniform(0.35, 1.4))) for _ in range(2))
+            side = len(labels)
+            height, width = (int(side * min(1.0, rng.uniform(0.35, 1.4))) for _ in range(2))
             for where in (np.s_[height:, :], np.s_[:, width:]):
                 scaled[where], labels[where] = PADDING_RGB, 0
         targets = instance_targets(labels, MIN_OBJECT_PX)
@@ -96,10 +103,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000, help="of the whole training; sets the learning rate's decay")
     parser.add_argument("--minutes", type=float, help="of the whole training, instead of steps")
     parser.add_argument("--batch", type=int, default=2, help="windows a step")
-    parser.add_argument("--window-px", type=int, default=320)
+    parser.add_argument("--window-px", type=int, nargs="+", default=[320], help="sides, used in turn")
+    parser.add_argument("--masks-only", action="store_true", help="train mask decoder and prompt encoder alone")
     parser.add_argument("--objects", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3, help="of prompts")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--warm-up-steps", type=int, default=100)
+    parser.add_argument("--average-decay", type=float, default=0.998, help="of the running average, for each step")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--workers", type=int, default=0, help="processes that draw windows")
     parser.add_argument("--device", default="auto")
@@ -123,16 +133,22 @@ class Pretraining:
         device = pick_device(options.device, hardware)[0]
         precision = choose_precision("auto", device, hardware)
         self.settings = StepSettings(
-            autocast=DTYPES[precision.name if precision.name != "fp16" else "fp32"], input_px=options.window_px
+            autocast=DTYPES[precision.name if precision.name != "fp16" else "fp32"], input_px=options.window_px[0]
         )
         self.device = torch.device(device)
-        self.windows = Windows(options.window_px, (MOST_STEPS if options.minutes else options.steps) * options.batch)
+        steps = MOST_STEPS if options.minutes else options.steps
+        self.windows = Windows(options.window_px, options.batch, steps * options.batch)
         if options.start:
             self.model = load_model(options.start, device=self.device)
         else:
             self.model = new_model("vit_t", seed=0, device=self.device)
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
-        self.optimizer = AdamW(self.model.parameters(), lr=options.learning_rate, weight_decay=0.02, fused=True)
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(options.average_decay))
+        if options.masks_only:
+            self.model.requires_grad_(False)
+            for part in (self.model.sam.mask_decoder, self.model.sam.prompt_encoder):
+                part.requires_grad_(True)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = AdamW(self.parameters, lr=options.learning_rate, weight_decay=0.02, fused=True)
         self.step, self.seconds, self.state = 0, 0.0, options.folder / "state.pt"
         options.folder.mkdir(parents=True, exist_ok=True)
         if self.state.is_file():
@@ -140,7 +156,7 @@ class Pretraining:
         elif not options.start:
             patches = (self.windows[i].image[None].to(self.device) for i in range(PATCHES_TO_MEASURE))
             measure_batch_norm(
-                self.model.sam.image_encoder, (to_model_input(patch, options.window_px)[0] for patch in patches)
+                self.model.sam.image_encoder, (to_model_input(patch, patch.shape[-1])[0] for patch in patches)
             )
             self.average.module.load_state_dict(self.model.state_dict())
 
@@ -193,20 +209,25 @@ class Pretraining:
             group["lr"] = self.options.learning_rate * self._decay()
         self.optimizer.zero_grad(set_to_none=True)
         windows = [Patch(image, image, image, 0) for image in images]  # the encoder looks at the pixels alone
-        embedding, input_size = encode_patches(self.model, windows, self.settings)
+        side_px = int(images.shape[-1])
+        settings = replace(self.settings, input_px=side_px)
+        with torch.set_grad_enabled(not self.options.masks_only):
+            embedding, input_size = encode_patches(self.model, windows, settings)
         leaf = embedding.detach().requires_grad_()
-        with autocast(self.device, self.settings):
-            patch_size = (self.options.window_px, self.options.window_px)
-            predicted = run_instance_decoder(self.model.instance_decoder, leaf, input_size, patch_size)
-        instance = instance_loss(predicted.float(), targets)
-        instance.backward()
+        instance = torch.zeros((), device=self.device)
+        if not self.options.masks_only:
+            with autocast(self.device, settings):
+                predicted = run_instance_decoder(self.model.instance_decoder, leaf, input_size, (side_px, side_px))
+            instance = instance_loss(predicted.float(), targets)
+            instance.backward()
         each = leaf.detach()[owners].requires_grad_()
         sums = torch.zeros(2, device=self.device)
-        for parts in mask_part(self.model, each, plan, input_size, self.settings):
+        for parts in mask_part(self.model, each, plan, input_size, settings):
             (parts[0] + parts[1]).backward()
             sums += torch.stack(parts).detach()
-        embedding.backward(leaf.grad.index_add(0, owners, each.grad))
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not self.options.masks_only:
+            embedding.backward(leaf.grad.index_add(0, owners, each.grad))
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         losses = torch.cat([sums, instance.detach()[None]])
         if bool(losses.isfinite().all()):
             self.optimizer.step()
@@ -221,7 +242,7 @@ class Pretraining:
 
     def _decay(self) -> float:
         """Return the factor on the learning rate: up, level, and down in the end, so that a run can be prolonged."""
-        return max(0.0, min(1.0, (self.step + 1) / WARM_UP_STEPS, self._left() / DECAYING_SHARE))
+        return max(0.0, min(1.0, (self.step + 1) / self.options.warm_up_steps, self._left() / DECAYING_SHARE))
 
     def _log(self, means: Any, seconds: float) -> None:
         curve = self.options.folder / "curve.csv"
@@ -230,7 +251,7 @@ class Pretraining:
             writer = csv.writer(file)
             if new:
                 writer.writerow(["step", "mask_loss", "iou_loss", "instance_loss", "seconds_per_step"])
-            print(f"step {self.step}, {means[2]:.3f}, {seconds:.2f} s a step", flush=True)
+            print(f"step {self.step}, {means[0]:.3f} {means[1]:.3f} {means[2]:.3f}, {seconds:.2f} s a step", flush=True)
             writer.writerow([self.step, *(f"{value:.4f}" for value in means), f"{seconds:.2f}"])
 
     def _save(self) -> None:

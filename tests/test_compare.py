@@ -126,7 +126,7 @@ def test_a_run_in_a_process_of_its_own_is_compared_and_reported(cells, tmp_path)
         assert set(getattr(compared, name)) == {"sa50", "sa75", "msa"}
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert compared.sentence in page
-    assert "finished all epochs" in page
+    assert "finished.</p>" in page
     assert page.count("data:image/png") == 3
 
 

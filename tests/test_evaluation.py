@@ -12,8 +12,12 @@ from torch import nn
 
 import napari_resfinetune as rf
 from napari_resfinetune.data.pairs import find_pairs
+from napari_resfinetune.data.synthetic import make_sample
 from napari_resfinetune.errors import ConfigError, DataError, ModelError
 from napari_resfinetune.evaluation import Store, check_modes, evaluate_model, write_rows
+from napari_resfinetune.evaluation.prompted import prompts_from_labels, segment_prompted
+from napari_resfinetune.inference.tiling import embed_plane, set_embedding
+from napari_resfinetune.models import load_model, upstream
 from see_through import INPUT_PX, disks, paint, see_through_model
 
 EXACT = (0.0, 100.0)
@@ -129,6 +133,27 @@ def test_each_round_of_iterative_prompting_corrects_the_one_before() -> None:
     assert [means["sa50"] for means in found.summary()["iterative_point"]["rounds"]] == [row.sa50 for row in rounds]
     again = evaluate_model(model, pairs, modes=("iterative_point",), percentiles=EXACT, patch_px=128)
     assert list(again.rows) == rounds
+
+
+@pytest.mark.parametrize("mode", ["box", "point"])
+def test_prompts_give_the_masks_of_sams_own_predictor(mode) -> None:
+    sample = make_sample("crowded_cytoplasm", seed=3, shape=(160, 128))
+    labels = np.where(sample.labels <= 4, sample.labels, 0)
+    model = load_model("starter").eval()
+    image = np.repeat(sample.image[..., None] / sample.image.max() * 255, 3, axis=-1).astype(np.float32)
+    (embedding,) = embed_plane(model, image, patch_px=160)
+    (found,) = segment_prompted(model, labels, [embedding], mode)
+    prompts = prompts_from_labels(labels)
+    predictor = upstream.SamPredictor(model.sam)
+    set_embedding(predictor, embedding)
+    expected, best = np.zeros(labels.shape, int), np.full(labels.shape, -np.inf)
+    for number, point, box in zip(prompts.ids, prompts.points, prompts.boxes, strict=True):
+        given = {"box": box} if mode == "box" else {"point_coords": point[None], "point_labels": np.ones(1)}
+        masks, quality, _ = predictor.predict(**given, multimask_output=mode == "point")
+        better = masks[quality.argmax()] & (quality.max() > best)
+        expected[better], best[better] = number, quality.max()
+    assert len(prompts.ids) > 1 and found.any()
+    assert (found != expected).mean() < 1e-3
 
 
 def test_boxes_of_the_first_round_are_those_of_mode_box() -> None:

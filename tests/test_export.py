@@ -135,6 +135,23 @@ def repack(package: Path, path: Path, content: bytes | None = None, **changes: o
     return path
 
 
+def test_damage_is_said(package: Path, tmp_path: Path) -> None:
+    (odd := tmp_path / "odd.zip").write_bytes(b"")
+    with zipfile.ZipFile(odd, "w") as file:
+        file.writestr("rdf.yaml", "timestamp: 2024-13-45")
+    with pytest.raises(ModelError, match="describes no model"):
+        load_state(odd)
+    with zipfile.ZipFile(odd, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("rdf.yaml", yaml.safe_dump({"weights": {"pytorch_state_dict": {"source": "w.pt"}}}))
+        file.writestr("w.pt", bytes(range(256)) * 500)
+        start = file.getinfo("w.pt").header_offset + 40
+    whole = odd.read_bytes()
+    for at in (start, whole.rindex(b"PK\x01\x02")):
+        odd.write_bytes(whole[:at] + b"\xff" * 8 + whole[at + 8 :])
+        with pytest.raises(ModelError, match=r"odd\.zip"):
+            load_state(odd)
+
+
 def test_a_package_never_runs_code(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Bomb.where = tmp_path / "never"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +22,13 @@ from napari_resfinetune.inference import (
     link_slices,
     pad_to_field,
     plan_tiles,
+    segment_files,
     segment_plane,
     segment_source,
     write_labels,
 )
 from napari_resfinetune.inference.tiling import embed_plane, whole_field
-from napari_resfinetune.models import load_model
+from napari_resfinetune.models import load_model, upstream
 from napari_resfinetune.models.preprocess import PIXEL_MEAN
 from see_through import disks, paint, see_through_model
 
@@ -124,6 +130,42 @@ def test_mask_decoder_modes(mode: str, shape: tuple[int, int]) -> None:
         assert areas.max() == pytest.approx(400, rel=0.15)
 
 
+@pytest.mark.parametrize(("parameters", "objects"), [({}, 1), ({"with_background": False}, 2)])
+def test_the_largest_region_of_amg_is_dropped_and_padding_is_none(
+    parameters: dict, objects: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Generator:
+        def __init__(self, predictor: Any) -> None:
+            pass
+
+        def initialize(self, image: np.ndarray, image_embeddings: Any) -> None:
+            self.shape = image.shape[:2]
+
+        def generate(self, with_background: bool) -> np.ndarray:
+            assert not with_background
+            labels = np.zeros(self.shape, np.uint32)
+            labels[:70, :90], labels[10:40, 10:40] = 1, 2
+            return labels
+
+    monkeypatch.setattr(upstream, "AutomaticMaskGenerator", Generator)
+    image = np.full((70, 90, 3), 100, np.float32)
+    found = segment_plane(see_through_model(), image, mode="amg", patch_px=256, parameters=parameters)
+    assert len(np.unique(found[found > 0])) == objects
+    assert (found[10:40, 10:40] > 0).all()
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    host = socket.gethostname()
+    left = [f".a.tif.{host}-{gone.stdout.strip()}.partial", f".maps-x.{host}-{gone.stdout.strip()}.partial"]
+    kept = [f".b.tif.{host}-{os.getpid()}.partial", ".c.tif.elsewhere-1234567.partial", ".partial"]
+    for name in (*left, *kept):
+        (tmp_path / name).mkdir()
+    image = open_array(paint(disks((100, 100))), axes="YXC", name="image")
+    (made,) = segment_files(see_through_model(), [image], tmp_path, patch_px=128, percentiles=EXACT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, made.labels.name])
+
+
 @pytest.mark.parametrize("mode", ["ais", "apg", "amg"])
 def test_nothing_there(mode: str) -> None:
     options = {"points_per_side": 2, "pred_iou_thresh": 0.95} if mode == "amg" else {}
@@ -204,6 +246,7 @@ def test_linking_is_micro_sams_own() -> None:
     [
         ("ZYX", {"gap_closing": -1}, "gap_closing: found -1"),
         ("ZYX", {"link": False, "min_z_extent": 2}, "not linked over slices"),
+        ("TYX", {"gap_closing": 2}, "not linked over slices"),
     ],
 )
 def test_options_of_linking_are_checked(axes: str, options: dict, said: str) -> None:

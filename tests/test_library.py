@@ -78,7 +78,7 @@ def test_a_session_that_was_resumed_is_not_finished(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "library.json", "comparison.json"])
-@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[1, 2]", b'{"name": 3, "after": {"sa50": "x"}}'])
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[1, 2]", b'{"name": 3, "created": 5, "after": {"sa50": "x"}}'])
 def test_damaged_files_do_not_take_the_list_away(runs: Path, name: str, content: bytes) -> None:
     (runs / "second" / name).write_bytes(content)
     assert len(library.list_models(runs)) == 3
@@ -90,13 +90,22 @@ def test_names_and_notes(runs: Path) -> None:
     assert (entry.name, entry.note, entry.path) == ("Zellen, größer", "from Tuesday", runs / "first")
     assert library.find_model(runs, "first").path == entry.path
     assert library.find_model(runs, "second").continued_from == "Zellen, größer"
-    for bad in ("", "  ", "a/b", "..\\x", "x" * 101, "a\nb", ".", "..", "second", "Zellen, größer"):
+    for bad in ("", "  ", "a/b", "..\\x", "x" * 101, "细" * 40, "a\nb", ".", "..", "second", "Zellen, größer"):
         with pytest.raises(ConfigError, match="name"):
             library.rename_model(runs, "sweep/a", bad)
     with pytest.raises(ConfigError, match=r"no such model.*Zellen"):
         library.rename_model(runs, "third", "x")
     with pytest.raises(ConfigError, match="no such folder"):
         library.list_models(runs / "elsewhere")
+
+
+def test_a_name_that_a_later_folder_has_too_names_neither(runs: Path) -> None:
+    library.rename_model(runs, "first", "good")
+    later = make_run(runs / "good")
+    with pytest.raises(ConfigError, match=r"several models are called so.*first"):
+        library.delete_model(runs, "good")
+    assert library.delete_model(runs, str(later)) == later
+    assert library.find_model(runs, "good").path == runs / "first"
 
 
 def test_a_list_that_was_moved_keeps_its_lineage(runs: Path, tmp_path: Path) -> None:
@@ -186,6 +195,8 @@ def test_import_of_everything(cells: Path, runs: Path, tmp_path: Path) -> None:
         library.import_model(runs, whole)
     (whole / "model.pt").write_bytes((cells / "start.pt").read_bytes())
     (whole / "features").mkdir()
+    again = library.import_model(runs, entry.path.rename(tmp_path / "a list entry"), name="again")
+    assert not (again.path / "adapter").exists()
     copied = library.import_model(runs, whole)
     assert copied.strategy == "lora" and not (copied.path / "features").exists()
     assert sorted(path.name for path in runs.iterdir() if path.name.startswith(".")) == [".resfinetune.lock"]

@@ -127,6 +127,24 @@ def test_a_run_that_has_only_begun_has_a_report_too(tmp_path):
     assert "<svg" not in text
 
 
+def test_a_session_that_was_killed_hides_how_the_one_before_it_ended(tmp_path):
+    run = make_run(tmp_path / "run", compared=False)
+    whole = '{"event": "Started"}\n{"event": "Finished", "status": "finished", "seconds": 60}\n{"event": "Started"}\n'
+    (run / "events.jsonl").write_text(whole, encoding="utf-8")
+    with (run / "metrics.csv").open("a", encoding="utf-8") as file:
+        file.write("4,1.0\n")  # torn
+    text = rf.report(run).read_text(encoding="utf-8")
+    assert "not finished" in text
+    assert "2 min 04 s" in text
+
+
+def test_a_damaged_comparison_is_said(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "comparison.json").write_text('{"verdict": "better"}', encoding="utf-8")
+    with pytest.raises(rf.ConfigError, match="damaged"):
+        rf.report(run)
+
+
 def test_several_runs_on_one_page_that_is_never_written_over(tmp_path):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", epochs=2, compared=False)]
     with pytest.raises(rf.ConfigError, match="--output"):

@@ -140,7 +140,10 @@ def resume(
     config = config.model_copy(update={"output": Path(run_dir)})
     changes: dict[str, Any] = {"resources": resources or {}}
     if epochs is not None or minutes is not None:
-        changes["training"] = {"epochs": epochs or config.training.epochs, "minutes": minutes}
+        changes["training"] = {
+            "epochs": config.training.epochs if epochs is None else epochs,
+            "minutes": minutes,
+        }
     config = make_config(merge(config.model_dump(mode="json"), changes), "resume")
     return _train(
         config,

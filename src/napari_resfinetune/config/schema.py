@@ -187,8 +187,9 @@ class TrainingConfig(_Frozen):
     early_stopping: PositiveInt | None = Field(10, description="stop after this many epochs without improvement")
     minutes: PositiveFloat | None = Field(
         None,
-        description="train for at most so many minutes, validation and earlier sessions of the run included; the epoch "
-        "in which they are over is cut short; the number of steps then depends on the machine",
+        description="take no further step after so many minutes, earlier sessions and validations included; the epoch "
+        "is cut short and validated, and the run ends as it does after its last epoch; how many steps it has then "
+        "depends on the machine",
     )
     targets: Targets = Field(
         "both", description="which decoders learn: 'both', 'masks' (prompts) or 'instances' (automatic)"

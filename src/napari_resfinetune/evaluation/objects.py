@@ -6,19 +6,23 @@ as in Hoover et al. 1996, doi 10.1109/34.506791, with half of an object as the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 from elf.evaluation.matching import label_overlap
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from napari_resfinetune.errors import DataError
+from napari_resfinetune.errors import DataError, ResourceError
 
 MATCH_IOU = 0.5
 HALF = 0.5
+# What tables of all true with all predicted objects take, together.
+_BYTES_PER_PAIR = 48
 # What an object can be; the numbers are the values of an image of errors, where 0 is background.
 KINDS: Mapping[str, int] = {"right": 1, "extra": 2, "missed": 3, "merged": 4, "split": 5}
 
@@ -122,10 +126,21 @@ def panoptic_quality(objects: Objects) -> float:
     return sum(found) / (len(found) + wrong / 2) if found else 0.0
 
 
+def _check_memory(true: NDArray[np.uint32], predicted: NDArray[np.uint32]) -> None:
+    counts = [len(np.unique(labels)) for labels in (true, predicted)]
+    needed, free = math.prod(counts) * _BYTES_PER_PAIR, psutil.virtual_memory().available
+    if needed > free:
+        raise ResourceError(
+            f"comparing {counts[0]} with {counts[1]} objects takes about {needed / 1e9:.1f} GB of memory, "
+            f"{free / 1e9:.1f} GB are free; evaluate a part of the image"
+        )
+
+
 def _overlaps(
     true: NDArray[np.uint32], predicted: NDArray[np.uint32]
 ) -> tuple[NDArray[np.float64], tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Return shared pixels "TP" of T true and P predicted objects, and the sizes of both."""
+    _check_memory(true, predicted)
     table, background = label_overlap(true, predicted, ignore_label=0)
     true_px, predicted_px = table.sum(1), table.sum(0)
     if background[0] is not None:

@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from napari_resfinetune.inference.segment import Labels
-from napari_resfinetune.inference.tiling import TileEmbedding, set_embedding, whole_field
-from napari_resfinetune.models import SamModel, upstream
+from napari_resfinetune.inference.tiling import TileEmbedding, field_input_px
+from napari_resfinetune.models import SamModel, scale_boxes, scale_coords, upstream
+from napari_resfinetune.training.losses import upsample_masks
 from napari_resfinetune.training.prompts import Prompts, next_points
 
 PromptMode = Literal["box", "point"]
@@ -94,22 +95,20 @@ def segment_prompted(
     found = [np.zeros(labels.shape, np.uint32) for _ in range(rounds)]
     best = [np.full(labels.shape, -np.inf, np.float32) for _ in range(rounds)]
     rng = np.random.default_rng(seed)
-    predictor = upstream.SamPredictor(model.sam)
-    for embedding in (whole_field(model, one) for one in embeddings):
+    for embedding in embeddings:
         tile = embedding.tile
         x, y = prompts.points.T
         inside = (tile.core_y[0] <= y) & (y < tile.core_y[1]) & (tile.core_x[0] <= x) & (x < tile.core_x[1])
         chosen = np.flatnonzero(inside)
         if len(chosen) == 0:
             continue
-        set_embedding(predictor, embedding)
         for start in range(0, len(chosen), PROMPTS_PER_BATCH):
             batch = chosen[start : start + PROMPTS_PER_BATCH]
             ids = prompts.ids[batch]
             truth = torch.from_numpy(labels[tile.window].astype(np.int64) == ids[:, None, None])
             draws = torch.from_numpy(rng.random((rounds - 1, len(batch), 2), dtype=np.float32))
             first = _first(prompts, batch, tile.x[0], tile.y[0], tile.shape, mode)
-            for number, (masks, quality) in enumerate(_rounds(predictor, first, truth, draws)):
+            for number, (masks, quality) in enumerate(_rounds(model, embedding, first, truth, draws)):
                 _join(found[number][tile.window], best[number][tile.window], ids, masks, quality)
     return found
 
@@ -127,31 +126,36 @@ def _first(
 
 
 def _rounds(
-    predictor: Any, prompts: Prompts, truth: torch.Tensor, draws: torch.Tensor
+    model: SamModel, embedding: TileEmbedding, prompts: Prompts, truth: torch.Tensor, draws: torch.Tensor
 ) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.float32]]]:
     """Yield masks "NYX", as far as the truth reaches, and their predicted overlaps, round by round."""
     height, width = truth.shape[1:]
     single_point = prompts.boxes is None
     for number in range(len(draws) + 1):
-        masks, quality = _predict(predictor, prompts, multimask=single_point and number == 0)
+        masks, quality = _predict(model, embedding, prompts, multimask=single_point and number == 0)
         masks = masks[:, :height, :width]
         yield masks.numpy(), quality.numpy()
         if number < len(draws):
             prompts = prompts.with_points(*next_points(masks, truth, draws[number]))
 
 
-def _predict(predictor: Any, prompts: Prompts, *, multimask: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    shape, device = predictor.original_size, predictor.device
-    points = labels = boxes = None
-    if prompts.points is not None and prompts.point_labels is not None:
-        points = predictor.transform.apply_coords_torch(prompts.points, shape).float().to(device)
-        labels = prompts.point_labels.int().to(device)
-    if prompts.boxes is not None:
-        boxes = predictor.transform.apply_boxes_torch(prompts.boxes, shape).float().to(device)
-    masks, quality, _ = predictor.predict_torch(points, labels, boxes, multimask_output=multimask)
+def _predict(
+    model: SamModel, embedding: TileEmbedding, prompts: Prompts, *, multimask: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return masks "NYX" of the window and their predicted overlaps; of candidates the best."""
+    shape, input_px = embedding.tile.shape, field_input_px(model, embedding.tile)
+    prompts = prompts.to(embedding.features.device)
+    low_res, quality = model.predict_masks(
+        embedding.features,
+        None if prompts.points is None else scale_coords(prompts.points, shape, input_px),
+        prompts.point_labels,
+        None if prompts.boxes is None else scale_boxes(prompts.boxes, shape, input_px),
+        multimask=multimask,
+    )
     best = quality.argmax(dim=1)
     rows = torch.arange(len(best), device=best.device)
-    return masks[rows, best].cpu(), quality[rows, best].float().cpu()
+    logits = upsample_masks(low_res[rows, best][:, None], embedding.input_size, shape, input_px)[:, 0]
+    return (logits > model.sam.mask_threshold).cpu(), quality[rows, best].float().cpu()
 
 
 def _join(

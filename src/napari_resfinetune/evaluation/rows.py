@@ -197,6 +197,8 @@ def _by_size(planes: Sequence[Objects]) -> tuple[SizeScore, ...]:
     # Objects of equal size stay together, so that few sizes make fewer than three ranges.
     edges = np.unique(np.quantile(true_px, [1 / 3, 2 / 3], method="inverted_cdf"))
     which, which_extra = (np.searchsorted(edges, px, side="left") for px in (true_px, extra_px))
+    # Larger than every true object is "large" all the same.
+    which_extra = np.minimum(which_extra, which.max())
     scores = []
     for number, name in enumerate(SIZES):
         inside = which == number

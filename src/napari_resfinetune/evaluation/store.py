@@ -33,7 +33,12 @@ logger = logging.getLogger(__name__)
 FORMAT = 3
 EMBEDDINGS_GB = 20.0
 SCORES = "scores"
-_PACKAGES = ("napari-resfinetune", "micro-sam", "python-elf", "torch", "scipy", "scikit-image")
+# What embeds, and what else decides about objects.
+_ENCODERS = ("torch", "timm", "segment-anything-py")
+_PACKAGES = (
+    *_ENCODERS, "napari-resfinetune", "micro-sam", "python-elf", "torch-em", "bioimage-cpp", "scipy", "scikit-image",
+    "numpy",
+)  # fmt: skip
 
 
 def evaluation_folder() -> Path:
@@ -59,7 +64,6 @@ class Store:
         self.model = model
         self.patch_px, self.precision = patch_px, precision
         self.hits = self.misses = 0
-        self._features: dict[int, FeatureCache] = {}
         parts = {"sam": model.sam, "instance_decoder": model.instance_decoder}
         state = {
             f"{part}.{name}": tensor
@@ -67,15 +71,15 @@ class Store:
             if module is not None
             for name, tensor in module.state_dict().items()
         }
-        self._how = [FORMAT, _versions(), weights_hash(state), model.device.type, patch_px, str(precision)]
+        self._how = [FORMAT, _versions(_PACKAGES), weights_hash(state), model.device.type, patch_px, str(precision)]
 
-    def features(self, input_px: int) -> FeatureCache:
-        """Return embeddings of windows that take so much of the model's input, opened when the first is asked for."""
-        if input_px not in self._features:
-            units = encoder_units(self.model.sam.image_encoder)
-            part = name_of_part(units, input_px=input_px, autocast=str(self.precision))
-            self._features[input_px] = FeatureCache(self.folder, part, EMBEDDINGS_GB, logger.info)
-        return self._features[input_px]
+    @functools.cached_property
+    def features(self) -> FeatureCache:
+        """Embeddings, opened when the first is asked for."""
+        units = encoder_units(self.model.sam.image_encoder)
+        # Pixels of a window and the side of a patch say how much of the input the window takes.
+        how = {"patch_px": self.patch_px, "autocast": str(self.precision), "made_by": [FORMAT, *_versions(_ENCODERS)]}
+        return FeatureCache(self.folder, name_of_part(units, **how), EMBEDDINGS_GB, logger.info)
 
     def embed(self, image: NDArray[np.float32]) -> list[TileEmbedding]:
         """Return what `embed_plane` gives, in 16-bit precision."""
@@ -84,9 +88,8 @@ class Store:
         for tile in plan_tiles((padded.shape[0], padded.shape[1]), self.patch_px):
             pixels = torch.from_numpy(np.ascontiguousarray(padded[tile.window]))
             compute = functools.partial(self._compute, padded, tile)
-            input_px = field_input_px(self.model, tile)
-            features = self.features(input_px).get(pixels, compute).to(self.model.device)
-            found.append(TileEmbedding(tile, features, resized_shape(tile.shape, input_px)))
+            features = self.features.get(pixels, compute).to(self.model.device)
+            found.append(TileEmbedding(tile, features, resized_shape(tile.shape, field_input_px(self.model, tile))))
         return found
 
     def _compute(self, image: NDArray[np.float32], tile: Any) -> torch.Tensor:
@@ -126,8 +129,8 @@ class Store:
 
 
 @functools.cache
-def _versions() -> Sequence[str]:
-    return [version(package) for package in _PACKAGES]
+def _versions(packages: Sequence[str]) -> Sequence[str]:
+    return [version(package) for package in packages]
 
 
 def _hash(array: NDArray[Any]) -> str:

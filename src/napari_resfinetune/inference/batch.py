@@ -24,7 +24,9 @@ from napari_resfinetune.inference.files import (
     Format,
     count_objects,
     new_ome_zarr,
+    own_suffix,
     read_made_by,
+    remove_abandoned,
     write_labels,
 )
 from napari_resfinetune.inference.segment import check_decoder, check_mode
@@ -119,6 +121,7 @@ def segment_files(
     check_decoder(model, mode)
     settings = {"mode": mode, **settings}
     paths = label_paths(sources, output, form, overwrite=overwrite)
+    remove_abandoned(output)
     linking = {name: settings.get(name) for name in ("link", "gap_closing", "min_z_extent")}
     links = [check_link(source, **linking) for source in sources]
     weights = _hash_model(model)
@@ -247,6 +250,6 @@ def _fingerprint(source: ArraySource) -> str:
 
 @contextlib.contextmanager
 def _scratch(folder: Path, shape: tuple[int, ...]) -> Iterator[Any]:
-    with tempfile.TemporaryDirectory(prefix=".resfinetune-", dir=folder) as place:
+    with tempfile.TemporaryDirectory(prefix=".labels-", suffix=own_suffix(), dir=folder) as place:
         chunks = (*[1] * (len(shape) - 2), *(min(CHUNK_PX, size) for size in shape[-2:]))
         yield zarr.create_array(Path(place) / "labels", shape=shape, chunks=chunks, dtype=np.uint32)

@@ -263,10 +263,8 @@ def _cut_off(dry: NDArray[np.bool_], inner: Window, wide: Window, shape: tuple[i
 
 
 def _merge_prompted(plane: _Plane, blocks: list[Window], out: Any) -> NDArray[np.int64]:
-    pieces = (
-        (embedding.tile, segment_window(plane.model, embedding, plane.mode, plane.precision, plane.settings))
-        for embedding in plane.embeddings()
-    )
+    how = (plane.shape, plane.mode, plane.precision, plane.settings)
+    pieces = ((embedding.tile, segment_window(plane.model, embedding, *how)) for embedding in plane.embeddings())
     merged = np.lib.format.open_memmap(plane.folder / "merged.npy", "w+", np.uint32, plane.shape)
     merge_windows(plane.shape, pieces, merged)
     areas = np.zeros(1, np.int64)

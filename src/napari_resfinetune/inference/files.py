@@ -7,11 +7,13 @@ import json
 import math
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import tifffile
 import zarr
 from numpy.typing import NDArray
@@ -51,7 +53,7 @@ def write_labels(
         When it cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name[:100]}{own_suffix()}")
     options: dict[str, Any] = {
         "compression": "zlib",
         "photometric": "minisblack",
@@ -69,6 +71,22 @@ def write_labels(
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); {_FIX}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def own_suffix() -> str:
+    """Return how names end of what this process makes and removes again."""
+    return f".{socket.gethostname()}-{os.getpid()}.partial"
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what processes of this computer that were killed have left half-made in a folder."""
+    for path in folder.glob(".*.partial"):
+        name, _, process = path.name.removesuffix(".partial").rpartition("-")
+        if name.endswith(f".{socket.gethostname()}") and process.isdigit() and not psutil.pid_exists(int(process)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -94,7 +112,7 @@ def new_ome_zarr(
     DataError
         When it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name[:100]}{own_suffix()}")
     axes = axes or "ZYX"[-len(shape) :]
     try:
         group = zarr.create_group(partial, zarr_format=3, overwrite=True)

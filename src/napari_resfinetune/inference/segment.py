@@ -58,6 +58,8 @@ _PARAMETERS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 MODES = tuple(_PARAMETERS)
+# What the instance decoder gives, as micro-sam's generators call it.
+MAPS = ("foreground", "center_distances", "boundary_distances")
 _NEED_DECODER = ("ais", "apg")
 _GRID = ("points_per_side", "points_per_batch")
 
@@ -176,7 +178,9 @@ def segment_embedded(
     shape = image.shape[:2]
     if mode == "ais":
         return segment_maps(model, decode_embedded(model, shape, embeddings, precision), settings)
-    pieces = ((embedding.tile, segment_window(model, embedding, mode, precision, settings)) for embedding in embeddings)
+    pieces = (
+        (embedding.tile, segment_window(model, embedding, shape, mode, precision, settings)) for embedding in embeddings
+    )
     return consecutive(merge_windows(shape, pieces), settings["min_size"])
 
 
@@ -236,7 +240,7 @@ def decode_embedded(
         kept = maps[:, rows, columns]
         inner = predicted[(slice(None), *embedding.tile.core_in_window)]
         kept[:] = inner[:, : kept.shape[1], : kept.shape[2]]
-    return {"foreground": maps[0], "center_distances": maps[1], "boundary_distances": maps[2]}
+    return dict(zip(MAPS, maps, strict=True))
 
 
 def decode_window(model: SamModel, embedding: TileEmbedding, precision: torch.dtype | None) -> NDArray[np.float32]:
@@ -248,26 +252,44 @@ def decode_window(model: SamModel, embedding: TileEmbedding, precision: torch.dt
 
 
 def segment_window(
-    model: SamModel, embedding: TileEmbedding, mode: str, precision: torch.dtype | None, settings: Mapping[str, Any]
+    model: SamModel,
+    embedding: TileEmbedding,
+    shape: tuple[int, ...],
+    mode: str,
+    precision: torch.dtype | None,
+    settings: Mapping[str, Any],
 ) -> Labels:
-    """Segment one window with prompts, as "YX" of the window's shape."""
-    embedding = whole_field(model, embedding)
+    """Segment one window of a plane of this shape with prompts, as "YX" of the window without padding."""
+    whole = whole_field(model, embedding)
+    size = whole.tile.shape
     predictor = upstream.SamPredictor(model.sam)
-    set_embedding(predictor, embedding)
+    set_embedding(predictor, whole)
     if mode == "apg":
         segmenter = upstream.AutomaticPromptGenerator(predictor, model.instance_decoder)
-        foreground, center, boundary = decode_window(model, embedding, precision)
-        segmenter.set_state({"foreground": foreground, "center_distances": center, "boundary_distances": boundary})
-        found: Labels = segmenter.generate(**settings)
-        return found
+        maps = {}
+        # What is padded further is background, so far from everything as can be.
+        for name, values, outside in zip(MAPS, decode_window(model, embedding, precision), (0, 1, 1), strict=True):
+            maps[name] = np.full(size, outside, np.float32)
+            maps[name][: values.shape[0], : values.shape[1]] = values
+        segmenter.set_state(maps)
+        return _visible(segmenter.generate(**settings), embedding.tile, shape)
     grid = {name: value for name, value in settings.items() if name in _GRID}
-    filters = {name: value for name, value in settings.items() if name not in (*_GRID, "min_size")}
+    filters = {name: value for name, value in settings.items() if name not in (*_GRID, "min_size", "with_background")}
     generator = upstream.AutomaticMaskGenerator(predictor, **grid)
-    known = {"features": embedding.features, "input_size": embedding.input_size, "original_size": embedding.tile.shape}
+    known = {"features": whole.features, "input_size": whole.input_size, "original_size": size}
     # With the embedding given, the generator takes nothing but the shape from the image.
-    generator.initialize(np.zeros((*embedding.tile.shape, 3), np.uint8), image_embeddings=known)
-    labels: Labels = generator.generate(**filters)
-    return labels
+    generator.initialize(np.zeros((*size, 3), np.uint8), image_embeddings=known)
+    # The largest region, which often is the background, is dropped here: upstream would take padding for it.
+    found = _visible(generator.generate(with_background=False, **filters), embedding.tile, shape)
+    if settings.get("with_background", True):
+        ids, counts = np.unique(found, return_counts=True)
+        found[found == ids[counts.argmax()]] = 0
+    return found
+
+
+def _visible(labels: Labels, tile: Tile, shape: tuple[int, ...]) -> Labels:
+    """Return what a window shows of a plane, without padding."""
+    return labels[: shape[0] - tile.y[0], : shape[1] - tile.x[0]]
 
 
 def merge_windows(
@@ -280,7 +302,7 @@ def merge_windows(
     """
     found: list[tuple[bool, int, int, int, NDArray[np.bool_]]] = []
     for tile, labels in pieces:
-        visible = labels[: shape[0] - tile.y[0], : shape[1] - tile.x[0]]
+        visible = _visible(labels, tile, shape)
         for number, place in enumerate(find_objects(visible.astype(np.int32)), 1):
             if place is None:
                 continue

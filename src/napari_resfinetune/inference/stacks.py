@@ -19,6 +19,7 @@ from napari_resfinetune.data.scaling import apply_scaling, measure_scaling
 from napari_resfinetune.data.sources import ArraySource, read_plane, shape_yx
 from napari_resfinetune.errors import ConfigError, ResourceError
 from napari_resfinetune.inference.blockwise import WHOLE_UP_TO_PX, segment_blockwise
+from napari_resfinetune.inference.files import own_suffix
 from napari_resfinetune.inference.segment import Labels, check_decoder, check_mode, consecutive, segment_plane
 from napari_resfinetune.inference.tiling import plan_tiles
 from napari_resfinetune.models import SamModel, upstream
@@ -117,9 +118,9 @@ def segment_source(
             on_progress(next(count), source.plane_count * windows)
 
         target = _Plane(labels, plane)
-        if math.prod(shape) > whole_up_to_px:
+        if math.prod(shape) > whole_up_to_px and max(shape) >= patch_px:
             read_window = functools.partial(read, plane)
-            with tempfile.TemporaryDirectory(prefix=".resfinetune-", dir=scratch) as folder:
+            with tempfile.TemporaryDirectory(prefix=".maps-", suffix=own_suffix(), dir=scratch) as folder:
                 last_id += segment_blockwise(
                     model, read_window, shape, target, Path(folder), first_id=last_id + 1, on_window=on_window, **how
                 )
@@ -175,17 +176,17 @@ def check_link(
     ConfigError
         For a negative number, or numbers for something that is not linked.
     """
+    wanted = "Z" in source.axes if link is None else link
+    links = wanted and source.plane_count > 1
     problems = []
     for name, value in (("gap_closing", gap_closing), ("min_z_extent", min_z_extent)):
         if value is not None and value < 0:
             problems.append(f"{name}: found {value}; expected a number of slices, 0 or more")
-        elif value and link is False:
+        elif value and not links:
             problems.append(f"{name}: given, but objects are not linked over slices; leave it out, or link them")
     if problems:
         raise ConfigError(*problems)
-    if link is None:
-        link = "Z" in source.axes
-    return link and source.plane_count > 1
+    return links
 
 
 class _Plane:

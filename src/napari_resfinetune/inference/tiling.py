@@ -209,12 +209,21 @@ def whole_field(model: SamModel, embedding: TileEmbedding) -> TileEmbedding:
     patch_px = round(embedding.tile.shape[0] / embedding.tile.field)
     side = model.input_px // 16
     features = embedding.features
-    padding = encode(model.sam.image_encoder, features.new_zeros(1, 3, model.input_px // 2, model.input_px // 2))
-    middle = side // 4
-    whole = padding[..., middle : middle + 1, middle : middle + 1].float().repeat(1, 1, side, side)
+    whole = _padding(model).to(features).repeat(1, 1, side, side)
     whole[..., : features.shape[-2], : features.shape[-1]] = features
     span = (0, patch_px)
     return TileEmbedding(Tile(span, span, span, span), whole, (model.input_px, model.input_px))
+
+
+def _padding(model: SamModel) -> torch.Tensor:
+    """Return what the encoder makes of padding, "BCYX" of one pixel; computed once as long as the weights stay."""
+    encoder = model.sam.image_encoder
+    key = (model.device, sum(parameter._version for parameter in encoder.parameters()))
+    if model.padding is None or model.padding[0] != key:
+        half, middle = model.input_px // 2, model.input_px // 64
+        features = encode(encoder, torch.zeros(1, 3, half, half, device=model.device))
+        model.padding = key, features[..., middle : middle + 1, middle : middle + 1].float()
+    return model.padding[1]
 
 
 def set_embedding(predictor: Any, embedding: TileEmbedding) -> None:

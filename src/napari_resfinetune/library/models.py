@@ -21,7 +21,13 @@ from filelock import FileLock, Timeout
 
 from napari_resfinetune.config import read_config
 from napari_resfinetune.errors import ConfigError
-from napari_resfinetune.training.run_folder import COPIES_MARK, RunFolder, check_writable, is_in_training
+from napari_resfinetune.training.run_folder import (
+    COPIES_MARK,
+    SESSION_EVENTS,
+    RunFolder,
+    check_writable,
+    is_in_training,
+)
 
 RECORD = "library.json"
 LOCK = ".resfinetune.lock"
@@ -29,7 +35,6 @@ _LOCK_SECONDS = 30
 _DEPTH = 3
 _TAIL_BYTES = 200_000
 _MAX_NAME = 100
-_ENDS = ("Started", "Finished", "Failed")
 # A training says something at every step; one that has been silent for so long is taken for dead.
 
 
@@ -98,17 +103,20 @@ def list_models(folder: str | Path) -> list[ModelEntry]:
 
 
 def find_model(folder: str | Path, name: str) -> ModelEntry:
-    """Return the model of a name, or in a folder of that name.
+    """Return the model in a folder, given by its path, or of a name, or in a folder of that name.
 
     Raises
     ------
     ConfigError
-        When there is none.
+        When there is none, or several are meant.
     """
     folder = Path(folder)
     entries = list_models(folder)
-    named = [entry for entry in entries if entry.name == name]
-    named += [entry for entry in entries if entry.path == folder / name or entry.path == Path(name)]
+    named = [entry for entry in entries if len(Path(name).parts) > 1 and entry.path.resolve() == Path(name).resolve()]
+    named = named or [entry for entry in entries if name == entry.name or entry.path == folder / name]
+    if len(named) > 1:
+        paths = ", ".join(str(entry.path) for entry in named)
+        raise ConfigError(f"{name}: several models are called so; give the folder of the one that is meant: {paths}")
     if not named:
         known = ", ".join(entry.name for entry in entries[:10]) or "none"
         raise ConfigError(f"{name}: no such model in {folder}; there are {known}")
@@ -203,36 +211,43 @@ def import_model(folder: str | Path, source: str | Path, *, name: str | None = N
     name = (name or (source.resolve().name if source.is_dir() else source.stem)).strip()
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if source.is_dir() and folder.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ConfigError(f"{source}: lies in {folder} already")
     with _locked(folder):
-        _check_name(folder, name)
-        target = folder / name
-        if target.exists() or target.name.startswith(".") or target.parent != folder:
-            raise ConfigError(f"{target}: cannot be a new folder; give another name")
-        if source.is_dir() and folder.resolve() in (source.resolve(), *source.resolve().parents):
-            raise ConfigError(f"{source}: lies in {folder} already")
-        new = folder / f".importing-{name}-{os.getpid()}"
-        try:
-            _copy(source, new)
-            record = {"name": name, "note": note.strip(), "imported_from": str(source), "created": _now()}
-            RunFolder(new).write_json(RECORD, record)
-            os.replace(new, target)
-        except OSError as error:
-            raise ConfigError(f"{target}: cannot be written ({error.strerror or error})") from None
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-        return find_model(folder, name)
+        target = _new_folder(folder, name)
+    new = folder / f".importing-{os.getpid()}"
+    try:
+        _copy(source, new)  # may take minutes, in which others may change the list
+        record = {"name": name, "note": note.strip(), "imported_from": str(source), "created": _now()}
+        RunFolder(new).write_json(RECORD, record)
+        with _locked(folder):
+            os.replace(new, _new_folder(folder, name))
+            return find_model(folder, name)
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _new_folder(folder: Path, name: str) -> Path:
+    _check_name(folder, name)
+    target = folder / name
+    if target.exists() or target.name.startswith(".") or target.parent != folder:
+        raise ConfigError(f"{target}: cannot be a new folder; give another name")
+    return target
 
 
 def _copy(source: Path, new: Path) -> None:
     from napari_resfinetune.library.export import export_model
     from napari_resfinetune.models import resolve_model
+    from napari_resfinetune.models.adapter_files import is_adapter
 
     if (source / "config.yaml").is_file():
         resolve_model(source)  # refuses one without a model, or with one that cannot be opened
         shutil.copytree(source, new, ignore=shutil.ignore_patterns("features", ".*"))
         return
     export_model(source, new / "model.pt")
-    if source.is_dir():
+    if is_adapter(source):
         shutil.copytree(source, new / "adapter")
 
 
@@ -262,7 +277,7 @@ def _read(path: Path, folder: Path) -> ModelEntry:
         config = read_config(run.config) if run.config.is_file() else None
         entry = ModelEntry(path, str(record.get("name") or own_name), str(record.get("note") or ""))
         created = datetime.datetime.fromtimestamp((run.config if config else path / RECORD).stat().st_mtime)
-        entry = replace(entry, created=record.get("created") or created.isoformat(timespec="seconds"))
+        entry = replace(entry, created=str(record.get("created") or created.isoformat(timespec="seconds")))
         entry = replace(entry, scores=_scores(comparison, run), verdict=str(comparison.get("verdict") or ""))
         if config is None:
             return replace(entry, status="imported")
@@ -301,10 +316,10 @@ def _last_event(events: Path) -> Mapping[str, Any]:
     except OSError:
         return {}
     for line in reversed(lines):
-        if any(f'"{name}"' in line for name in _ENDS):
+        if any(f'"{name}"' in line for name in SESSION_EVENTS):
             with contextlib.suppress(ValueError):
                 event = json.loads(line)
-                if isinstance(event, dict) and event.get("event") in _ENDS:
+                if isinstance(event, dict) and event.get("event") in SESSION_EVENTS:
                     return event
     return {}
 
@@ -330,10 +345,10 @@ def _check_name(folder: Path, name: str, besides: ModelEntry | None = None) -> N
     name = name.strip()
     known_as_folders = not name.strip(".")
     signs = any(sign in name for sign in '/\\:*?"<>|')
-    if known_as_folders or len(name) > _MAX_NAME or not name.isprintable() or signs:
+    if known_as_folders or len(name.encode()) > _MAX_NAME or not name.isprintable() or signs:
         raise ConfigError(
-            f"name: found {name[:_MAX_NAME]!r}; expected 1 to {_MAX_NAME} printable characters, none of "
-            '/ \\ : * ? " < > |, and not dots alone'
+            f"name: found {name[:_MAX_NAME]!r}; expected 1 to {_MAX_NAME} printable characters (fewer of other "
+            'scripts), none of / \\ : * ? " < > |, and not dots alone'
         )
     for entry in list_models(folder):
         if (besides is None or entry.path != besides.path) and name in (entry.name, entry.path.name):
@@ -354,9 +369,7 @@ def _locked(folder: Path) -> Iterator[None]:
         with FileLock(folder / LOCK, timeout=_LOCK_SECONDS):
             yield
     except Timeout:
-        raise ConfigError(
-            f"{folder}: another process is changing the list; try again, or delete {LOCK} there"
-        ) from None
+        raise ConfigError(f"{folder}: another process is changing the list; try again when it has ended") from None
     except PermissionError as error:
         raise ConfigError(f"{folder}: cannot be changed ({error.strerror})") from None
 

@@ -15,6 +15,7 @@ from napari_resfinetune.errors import ModelError
 from napari_resfinetune.models import upstream
 from napari_resfinetune.models.instance_decoder import run_instance_decoder
 from napari_resfinetune.models.lora import merge_lora
+from napari_resfinetune.models.mask_decoder import embed_prompts, predict_masks
 from napari_resfinetune.models.names import ARCHITECTURES, known_model
 from napari_resfinetune.models.resolve import ModelLocation, resolve_model
 from napari_resfinetune.models.tiny_vit import LEAST_INPUT_PX, TinyViTEncoder
@@ -70,6 +71,8 @@ class SamModel(nn.Module):
         What its checkpoint says of itself, plain data: ``patch_px``, ``percentiles`` and so on; empty for foreign ones.
     lora
         Which adapters its image encoder has now; `None` for a plain one.
+    padding
+        What the image encoder makes of padding, and with which weights; see `inference.tiling`.
     """
 
     def __init__(self, sam: nn.Module, instance_decoder: nn.Module | None, architecture: str, name: str) -> None:
@@ -80,6 +83,7 @@ class SamModel(nn.Module):
         self.name = name
         self.meta: Mapping[str, Any] = {}
         self.lora: Lora | None = None
+        self.padding: tuple[Any, Tensor] | None = None
 
     def merge_adapters(self) -> None:
         """Add adapters to the weights beside them, in place."""
@@ -89,6 +93,30 @@ class SamModel(nn.Module):
     def decode_instances(self, features: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
         """Run the instance decoder; arguments and result as of `run_instance_decoder`."""
         return run_instance_decoder(self.instance_decoder, features, input_size, original_size)
+
+    def predict_masks(
+        self, features: Tensor, points: Tensor | None, labels: Tensor | None, boxes: Tensor | None, *, multimask: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Predict masks from prompts in px of the model's input, of which the features may be a part.
+
+        Parameters
+        ----------
+        features
+            "1CYX", from the image encoder.
+        points, labels, boxes
+            As for `embed_prompts`.
+        multimask
+            Three candidates per object instead of one.
+
+        Returns
+        -------
+        tuple of Tensor
+            As of `predict_masks` in `models.mask_decoder`.
+        """
+        encoder, (height, width) = self.sam.prompt_encoder, features.shape[-2:]
+        sparse = embed_prompts(encoder, points, labels, boxes)
+        positions = encoder.get_dense_pe()[..., :height, :width]
+        return predict_masks(self.sam.mask_decoder, encoder, features, positions, sparse, multimask=multimask)
 
     @property
     def input_px(self) -> int:

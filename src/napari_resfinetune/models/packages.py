@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import lzma
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,18 @@ META = "resfinetune.json"
 _DESCRIPTIONS = ("rdf.yaml", "bioimageio.yaml", "model.yaml")
 _WEIGHTS = ("pytorch_state_dict",)
 _MAX_DESCRIPTION_BYTES = 5_000_000
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 def is_package(path: Path) -> bool:
     """Tell whether a file is a bioimage.io package. Checkpoints of torch are zip files too."""
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as file:
-        return any(name in _DESCRIPTIONS for name in file.namelist())
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(name in _DESCRIPTIONS for name in file.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
 @contextlib.contextmanager
@@ -61,7 +67,7 @@ def unpacked_weights(path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
             with file.open(member) as packed, target.open("wb") as out:
                 shutil.copyfileobj(packed, out, 2**20)
             yield target, _meta(file)
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+    except (*_UNREADABLE, OSError, EOFError, NotImplementedError, RuntimeError) as error:
         raise ModelError(f"{path}: the package cannot be read ({error}); copy or download it again") from None
 
 
@@ -72,7 +78,7 @@ def _weights_member(path: Path, file: zipfile.ZipFile) -> str:
         raise ModelError(f"{path}: its {description} is far too long for a description; download the package again")
     try:
         content = yaml.safe_load(file.read(description))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         content = None
     weights = content.get("weights") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights:

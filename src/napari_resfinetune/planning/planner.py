@@ -304,7 +304,8 @@ def _plan(
     learning = sum(tflop / EFFICIENCY[part] for part, tflop in cost.tflop.items()) * to_seconds
     frozen = cost.frozen_tflop / EFFICIENCY["image encoder"] * to_seconds
     step = learning if work.keep_features else learning + frozen
-    epoch = step * (length.steps_per_epoch + VALIDATION_SHARE * length.validation_samples / work.batch_size)
+    validation = step * VALIDATION_SHARE * length.validation_samples / work.batch_size
+    epoch = step * length.steps_per_epoch + validation
     first = epoch + (frozen * (length.patches_kept / work.batch_size) if work.keep_features else 0.0)
     saved_gb = cost.weights_gb + cost.optimizer_gb
     # A checkpoint is written beside the one that it replaces.
@@ -318,7 +319,7 @@ def _plan(
         seconds_per_step=step,
         seconds_first_epoch=first,
         seconds_per_epoch=epoch,
-        seconds_at_most=min(first + epoch * max(0, length.epochs - 1), length.most_seconds),
+        seconds_at_most=min(first + epoch * max(0, length.epochs - 1), length.most_seconds + validation),
         disk_gb=disk_gb,
         levers=pulled,
         rates=rates,

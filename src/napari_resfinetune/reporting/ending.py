@@ -46,15 +46,13 @@ def end_run(job: TrainingJob, finished: Finished, stop: StopToken, tell: OnEvent
             comparison = {name: value for name, value in compared.to_dict().items() if name != "event"}
         except Stopped:
             tell(Message(f"not compared with the start model, since a stop was asked for; {_later(job)}"))
-        except (ResFinetuneError, OSError, RuntimeError, MemoryError) as error:
-            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-                raise
+        except Exception as error:  # whatever it is, the run has its model
             tell(Message(f"not compared with the start model: {_words(error)}; {_later(job)}"))
     free()
     if job.config.training.report and not stop.stopped:
         try:
             report_of_run(job.run, finished)
-        except (ResFinetuneError, OSError, MemoryError) as error:
+        except Exception as error:
             tell(Message(f"no report: {_words(error)}; resfinetune report {job.run.path} makes it"))
     return comparison
 
@@ -64,4 +62,6 @@ def _later(job: TrainingJob) -> str:
 
 
 def _words(error: BaseException) -> str:
-    return "memory ran out" if is_out_of_memory(error) else str(error)
+    if is_out_of_memory(error):
+        return "memory ran out"
+    return str(error) if isinstance(error, ResFinetuneError | OSError) else f"{type(error).__name__}: {error}"

@@ -66,7 +66,11 @@ def report_of_run(run: RunFolder, finished: Finished) -> Path:
 
 
 def _write(page: Path, views: Sequence[RunView]) -> None:
-    text = _render(views)
+    try:
+        text = _render(views)
+    except (jinja2.TemplateError, LookupError, TypeError, ValueError) as error:
+        names = ", ".join(str(view.path) for view in views)
+        raise ConfigError(f"{names}: no page can be made, something in the folder is damaged ({error})") from None
     new = page.with_name(f".{page.name}.new")
     try:
         page.parent.mkdir(parents=True, exist_ok=True)

@@ -14,11 +14,11 @@ from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.errors import ConfigError
 from napari_resfinetune.events import Finished
 from napari_resfinetune.reporting.citations import Citation, citations_for
-from napari_resfinetune.training.run_folder import RunFolder, open_run
+from napari_resfinetune.training.run_folder import SESSION_EVENTS, RunFolder, open_run
 from napari_resfinetune.words import duration
 
 STATUS_WORDS = {
-    "finished": "finished all epochs",
+    "finished": "finished",
     "early_stopped": "ended early, since it no longer improved",
     "stopped": "stopped on request; it can be resumed",
     "failed": "failed",
@@ -185,8 +185,9 @@ def view_run(path: Path, finished: Finished | None = None) -> RunView:
     """
     run, config = open_run(path)
     events = _read_events(run)
-    ends = [event for event in events if event["event"] in ("Finished", "Failed")]
-    end: Mapping[str, Any] = finished.to_dict() if finished is not None else (ends[-1] if ends else {})
+    # A session that began and did not end counts, not the one before it.
+    sessions = [event for event in events if event["event"] in SESSION_EVENTS]
+    end: Mapping[str, Any] = finished.to_dict() if finished is not None else (sessions[-1] if sessions else {})
     epochs = _read_epochs(run)
     steps = sorted(event["seconds"] for event in events if event["event"] == "Step")
     failed = end.get("event") == "Failed"
@@ -236,7 +237,8 @@ def _read_events(run: RunFolder) -> list[dict[str, Any]]:
 def _read_epochs(run: RunFolder) -> list[dict[str, float]]:
     try:
         with run.metrics.open(newline="", encoding="utf-8") as file:
-            return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+            return [row for row in rows if "epoch" in row and "metric" in row]  # others were torn by a crash
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:

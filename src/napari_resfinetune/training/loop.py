@@ -151,7 +151,7 @@ class Trainer:
                 yield from self._pending
                 self._pending.clear()
                 yield from self._train_step(batch)
-                time_is_over = self.ranks.any(self._time_is_over())
+                time_is_over = self._time_is_over()
                 if progress.step == self.steps_per_epoch or time_is_over:
                     yield from self._end_epoch()
                     status = "finished" if time_is_over else self._ended()
@@ -183,7 +183,9 @@ class Trainer:
         return None
 
     def _time_is_over(self) -> bool:
-        return self.plan.minutes is not None and self.progress.seconds >= 60 * self.plan.minutes
+        """Say so to all processes alike, whose clocks differ."""
+        minutes = self.plan.minutes
+        return minutes is not None and self.ranks.any(self.progress.seconds >= 60 * minutes)
 
     def _fail(self, what: str) -> TrainingError:
         """Save what was reached and return the error to raise."""

@@ -20,6 +20,8 @@ from napari_resfinetune.events import EpochEnded, Event
 
 # In a folder of copies of layers, which belong to the run beside it and go with it.
 COPIES_MARK = ".copies-of-layers"
+# What begins and ends a session in the log of a run.
+SESSION_EVENTS = ("Started", "Finished", "Failed")
 _LOCK = ".training.lock"
 # Longer than somebody takes who only looks whether it is held.
 _LOCK_SECONDS = 2.0

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from napari_resfinetune.config import FinetuneConfig
+from napari_resfinetune.config import FinetuneConfig, write_config
 from napari_resfinetune.errors import ConfigError, ResFinetuneError, ResourceError
 from napari_resfinetune.events import EpochEnded, Event, Failed, Finished, Message, OnEvent, Step, StopToken
 from napari_resfinetune.models import resolve_model
@@ -42,7 +42,7 @@ from napari_resfinetune.training.prepare import (
 )
 from napari_resfinetune.training.ranks import Ranks, joined_ranks, per_process
 from napari_resfinetune.training.result import TrainResult
-from napari_resfinetune.training.run_folder import RunFolder, RunLog, create_run, training_alone
+from napari_resfinetune.training.run_folder import RunFolder, RunLog, create_run, open_run, training_alone
 from napari_resfinetune.training.survival import OutOfMemory, is_out_of_memory
 
 # The first steps of a process warm up.
@@ -136,6 +136,7 @@ def _run_training(
         ):
             if resume and ranks.is_first:
                 held.enter_context(training_alone(run))
+                _keep_length(run, config)
             # A model that cannot be used leaves no run folder behind.
             job, learning = make_job(config, run, data, setup, location, foreign_gb)
             if not resume and ranks.is_first:
@@ -158,6 +159,13 @@ def _run_training(
         problems = (f"out of memory before or after a step ({error})",)
     # Behind the handlers and the limits there is room to look for what would fit.
     raise ResourceError(*problems, *what_would_fit(config, setup, hardware, plan))
+
+
+def _keep_length(run: RunFolder, config: FinetuneConfig) -> None:
+    """Write down how long a run that goes on is to be, for whoever goes on with it after this."""
+    _, stored = open_run(run.path)
+    if stored.training != config.training:
+        write_config(stored.model_copy(update={"training": config.training}), run.config)
 
 
 def _run(
