@@ -290,8 +290,12 @@ def test_a_run_ends_when_its_minutes_are_over(cells, tmp_path):
     again: list[Event] = []
     assert rf.resume(tmp_path / "run", on_event=again.append).status == "finished"
     assert not any(isinstance(event, Step) for event in again)
-    rf.resume(tmp_path / "run", minutes=result.seconds / 60 + 0.05, on_event=again.append)
+    longer = result.seconds / 60 + 0.05
+    rf.resume(tmp_path / "run", minutes=longer, on_event=again.append)
     assert {event.epoch for event in again if isinstance(event, Step)} == {1}
+    assert read_config(tmp_path / "run" / "config.yaml").training.minutes == longer, "for whoever goes on after that"
+    with pytest.raises(rf.ConfigError, match="epochs: found 0"):
+        rf.resume(tmp_path / "run", epochs=0)
 
 
 def test_nothing_is_overwritten_and_a_refused_run_leaves_nothing(cells, tmp_path):
