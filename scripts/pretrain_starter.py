@@ -3,7 +3,7 @@
     python scripts/pretrain_starter.py work/starter --steps 6000
     python scripts/pretrain_starter.py work/starter --steps 6000     # again: goes on where it stopped
     python scripts/pretrain_starter.py work/starter --minutes 6 --batch 32 --workers 15    # on a card
-    python scripts/pretrain_starter.py work/masks --start STARTER --masks-only --window-px 256 512 1024 --batch 1
+    python scripts/pretrain_starter.py work/masks --start STARTER --masks-only --window-px 256 256 512
     python scripts/pretrain_starter.py work/starter --pack src/napari_resfinetune/models/starter.safetensors
 
 Each step sees new windows of generated fields, at the scale of SAM's 1024 px input: `vit_t` has no absolute positions,
@@ -11,8 +11,8 @@ so that what it learns from a window holds for the whole field. Both decoders le
 training step; all windows of a batch go through each part together, so that a card is not kept waiting. The packed
 weights are the running average. Nothing but generated images goes in.
 
-The mask decoder attends to the whole field: what it learned on small windows it does not know of large ones. So at last
-it learns alone, on windows of all sizes, behind an encoder that stays as it is.
+The mask decoder knows where in the field it is, so windows lie anywhere in it. It can also learn alone, behind an
+encoder that stays as it is.
 """
 
 from __future__ import annotations
@@ -289,6 +289,7 @@ def _joined(plans: list[PromptPlan]) -> PromptPlan:
         multimask=plans[0].multimask,
         draws=torch.cat([plan.draws for plan in plans], 1),
         mask_prompts=plans[0].mask_prompts,
+        place=plans[0].place,
     )
 
 

@@ -24,7 +24,8 @@ from napari_resfinetune.models import SamModel
 from napari_resfinetune.models.build import assemble_sam
 from napari_resfinetune.models.encoder import compiled
 from napari_resfinetune.models.tiny_vit import TinyViTEncoder
-from napari_resfinetune.training.prompts import PromptPlan, next_points, plan_training_prompts
+from napari_resfinetune.training import step as training_step
+from napari_resfinetune.training.prompts import PromptPlan, Prompts, next_points, plan_training_prompts
 from napari_resfinetune.training.step import Losses, StepSettings, backward_samples, validate_sample
 
 PATCH_PX, INPUT_PX, ROUNDS = 40, 80, 3
@@ -295,6 +296,31 @@ def test_part_of_the_field_of_view_costs_a_part_and_still_trains(architecture):
     for part in ("image_encoder", "prompt_encoder", "mask_decoder", "instance_decoder"):
         assert any(part in name for name in found), part
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
+
+
+@pytest.mark.parametrize("place", [(0.0, 0.0), (1.0, 0.0), (0.4, 1.0)])
+@pytest.mark.parametrize("architecture", ["vit_b", "vit_t"])
+def test_a_window_lies_where_it_was_put_with_its_prompts_unless_the_encoder_knows_places(
+    architecture, place, monkeypatch
+):
+    """Of 5 x 5 cells the window has 3 x 3; a point amid a cell has the position of that cell."""
+    model, _ = small_model(architecture)
+    seen = {}
+
+    def predict_masks(decoder, encoder, embedding, positions, sparse, **options):
+        seen.update(positions=positions, sparse=sparse)
+        return torch.zeros(1, 1, 12, 12), torch.zeros(1, 1)
+
+    monkeypatch.setattr(training_step, "predict_masks", predict_masks)
+    amid = torch.tensor([[[23.5, 39.5]]]) / 2  # column 1, row 2, in pixels of a patch of 24 px
+    prompts = Prompts(amid, torch.ones(1, 1, dtype=torch.int), None)
+    settings = StepSettings(input_px=48)
+    training_step.predict_round(model, torch.zeros(1, 256, 3, 3), prompts, None, (24, 24), False, settings, place)
+    encoder = model.sam.prompt_encoder
+    row, column = (round(2 * share) if architecture == "vit_t" else 0 for share in place)
+    assert torch.equal(seen["positions"], encoder.get_dense_pe()[..., row : row + 3, column : column + 3])
+    position = seen["sparse"][0, 0] - encoder.point_embeddings[1].weight[0]
+    torch.testing.assert_close(position, seen["positions"][0, :, 2, 1], atol=1e-4, rtol=0)
 
 
 def test_compiled_parts_give_the_same_losses(monkeypatch):

@@ -124,9 +124,14 @@ class SamModel(nn.Module):
         return int(self.sam.image_encoder.img_size)
 
     @property
+    def knows_places(self) -> bool:
+        """Whether the image encoder knows where in its field of view a pixel is; TinyViT does not."""
+        return self.architecture != "vit_t"
+
+    @property
     def least_input_px(self) -> int:
         """Side of the smallest input, in px, that the image encoder takes as a part of the whole one."""
-        return min(LEAST_INPUT_PX, self.input_px) if self.architecture == "vit_t" else self.input_px
+        return self.input_px if self.knows_places else min(LEAST_INPUT_PX, self.input_px)
 
     @property
     def device(self) -> torch.device:

@@ -72,6 +72,8 @@ class PromptPlan:
         float32, (rounds - 1, N, 2), 0 to 1: where the next positive and negative point fall.
     mask_prompts
         Per later round, whether the last mask is a prompt too.
+    place
+        Where a window that is a part of the model's field of view lies in it, down and right, 0 to 1.
     """
 
     masks: Tensor
@@ -79,6 +81,7 @@ class PromptPlan:
     multimask: bool
     draws: Tensor
     mask_prompts: tuple[bool, ...]
+    place: tuple[float, float] = (0.0, 0.0)
 
 
 def plan_training_prompts(
@@ -114,6 +117,7 @@ def plan_training_prompts(
         multimask=step % 2 == 0,
         draws=torch.from_numpy(rng.random((rounds, len(masks), 2), dtype=np.float32)),
         mask_prompts=tuple(bool(draw < mask_prompt_probability) for draw in rng.random(rounds)),
+        place=(rng.random(), rng.random()),
     )
 
 
@@ -126,7 +130,7 @@ def plan_validation_prompts(labels: Tensor, rng: np.random.Generator, *, index: 
         positives = int(rng.integers(1, MOST_POINTS + 1))
         negatives = int(rng.integers(1 if positives == 1 and kind == 2 else 0, MOST_POINTS + 1))
     first = first_prompts(masks, boxes, rng, positives=positives, negatives=negatives, with_boxes=kind in (1, 3))
-    return PromptPlan(masks, first, kind == 0, torch.zeros(0, len(masks), 2), ())
+    return PromptPlan(masks, first, kind == 0, torch.zeros(0, len(masks), 2), (), (rng.random(), rng.random()))
 
 
 def draw_objects(labels: Tensor, rng: np.random.Generator, objects: int) -> tuple[Tensor, NDArray[np.int64]]:

@@ -229,7 +229,7 @@ def mask_part(
         for round_index in range(rounds):
             with autocast(embedding.device, settings):
                 low_res, iou_prediction = predict_round(
-                    model, own, prompts, mask_prompt, size, plan.multimask and round_index == 0, settings
+                    model, own, prompts, mask_prompt, size, plan.multimask and round_index == 0, settings, plan.place
                 )
             loss = low_res_mask_loss(low_res, masks, iou_prediction, input_size=input_size, input_px=settings.input_px)
             yield loss.mask / (total * rounds), loss.iou / (total * rounds)
@@ -251,19 +251,29 @@ def predict_round(
     size: tuple[int, int],
     multimask: bool,
     settings: StepSettings,
+    place: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Tensor, Tensor]:
-    """Return low-resolution mask logits "NCYX" and predicted IoU "NC" of every object; `size` is the patch's."""
+    """Return low-resolution mask logits "NCYX" and predicted IoU "NC" of every object; `size` is the patch's.
+
+    Where the encoder knows places, a part of the field is its upper left corner; else it lies at `place`, so that the
+    mask decoder gets to know all of the field.
+    """
     encoder = model.sam.prompt_encoder
     grid = (int(embedding.shape[-2]), int(embedding.shape[-1]))
     if settings.positions == "stretched":
         field, positions = (settings.input_px, settings.input_px), encoder.pe_layer(grid)[None]
+        corner = (0, 0)
     else:
-        field, positions = encoder.input_image_size, encoder.get_dense_pe()[..., : grid[0], : grid[1]]
+        field, positions = encoder.input_image_size, encoder.get_dense_pe()
+        free = [0 if model.knows_places else int(positions.shape[-2 + axis]) - grid[axis] for axis in (0, 1)]
+        corner = (round(place[0] * free[0]), round(place[1] * free[1]))
+        positions = positions[..., corner[0] : corner[0] + grid[0], corner[1] : corner[1] + grid[1]]
+    moved = torch.tensor([corner[1], corner[0]], device=embedding.device) * (settings.input_px // grid[0])
     sparse = embed_prompts(
         encoder,
-        None if prompts.points is None else scale_coords(prompts.points, size, settings.input_px),
+        None if prompts.points is None else scale_coords(prompts.points, size, settings.input_px) + moved,
         prompts.point_labels,
-        None if prompts.boxes is None else scale_boxes(prompts.boxes, size, settings.input_px),
+        None if prompts.boxes is None else scale_boxes(prompts.boxes, size, settings.input_px) + moved.repeat(2),
         field,
     )
     predicted: tuple[Tensor, Tensor] = _run(predict_masks, settings)(
