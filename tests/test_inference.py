@@ -166,6 +166,14 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, made.labels.name])
 
 
+@pytest.mark.parametrize("value", [0.0, 60000.0, np.nan])
+def test_an_image_of_one_value_or_none_has_no_objects_and_no_model_is_asked(value: float) -> None:
+    model = see_through_model()
+    found = segment_source(model, open_array(np.full((80, 90), value, np.float32), axes="YX"), patch_px=128)
+    assert found.shape == (80, 90) and not found.any()
+    assert not model.sam.image_encoder.calls
+
+
 @pytest.mark.parametrize("mode", ["ais", "apg", "amg"])
 def test_nothing_there(mode: str) -> None:
     options = {"points_per_side": 2, "pred_iou_thresh": 0.95} if mode == "amg" else {}

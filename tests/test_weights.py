@@ -222,3 +222,27 @@ def test_unmodified_micro_sam_opens_a_saved_vit_b(tmp_path):
     assert seen["sam"] == seen["second"] == pytest.approx(total["sam"], rel=1e-12)
     assert seen["decoder"] == pytest.approx(total["decoder"], rel=1e-12)
     assert seen["out"] == pytest.approx(float(out.sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"resfinetune": {"patch_px": "big"}}, "patch_px: 'big'"),
+        ({"resfinetune": {"percentiles": [1, 200]}}, "percentiles"),
+        ({"resfinetune": "x"}, "all of it: 'x'"),
+    ],
+)
+def test_a_checkpoint_that_says_nonsense_of_itself_is_refused(saved, tmp_path, damage, said):
+    path = tmp_path / "model.pt"
+    torch.save({**torch.load(saved, weights_only=True), **damage}, path)
+    with pytest.raises(ModelError, match=said):
+        models.load_state(path)
+
+
+def test_weights_that_are_no_numbers_are_refused(saved, tmp_path):
+    path = tmp_path / "model.pt"
+    content = torch.load(saved, weights_only=True)
+    content["model_state"]["image_encoder.neck.1.weight"][3] = torch.nan
+    torch.save(content, path)
+    with pytest.raises(ModelError, match=r"not all numbers \(image_encoder\.neck\.1\.weight\)"):
+        models.load_state(path)

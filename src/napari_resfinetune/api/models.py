@@ -179,6 +179,7 @@ def evaluate(
     cache: bool | str | Path = True,
     device: str = "auto",
     on_progress: Callable[[int, int, str], None] | None = None,
+    on_warning: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> Any:
     """Score a model, or several side by side, on labelled images.
@@ -200,6 +201,8 @@ def evaluate(
         As for `segment`.
     on_progress
         Called with images done, images in all, and the name of the next.
+    on_warning
+        Called with sentences about images that are left out, or there twice.
     **options
         As for `segment`, and ``image_key``, ``label_key``, ``min_object_px``.
 
@@ -221,6 +224,9 @@ def evaluate(
     before = check_pairs(pairs, min_object_px=min_object_px)
     # Which channels to look at is the model's to say, so that alone is judged once it is loaded.
     replace(before, errors=tuple(problem for problem in before.errors if problem.code != "channels")).raise_for_errors()
+    for problem in before.warnings:
+        if problem.code in ("image-without-labels", "same-image"):
+            on_warning(str(problem))
     models: list[Any] = list(model) if isinstance(model, list | tuple) else [model]
     names = [str(one) if isinstance(one, str | Path) else one.name for one in models]
     if not models or len(set(names)) < len(names):

@@ -65,6 +65,9 @@ AsJson = Annotated[
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")]
 
 
+GO_ON = "stopped; what is done is kept, and the same command goes on from there"
+
+
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what this computer has, and what of resfinetune works on it."""
@@ -269,7 +272,7 @@ def segment(
 
     Those that the same model made with the same settings are kept: after an interruption, give the same command again.
     """
-    with plain_errors():
+    with plain_errors(GO_ON):
         data = _config(None, {"data": _data(images, None)}, set_).data
         if executor is not None:
             arguments = ["--model", model, "--mode", mode, "--device", device, "--format", form, *_again(set_)]
@@ -347,7 +350,7 @@ def evaluate(
     from napari_resfinetune.evaluation import write_rows
     from napari_resfinetune.training.run_folder import check_writable
 
-    with plain_errors():
+    with plain_errors(GO_ON):
         data = _config(None, {"data": _data(images, labels)}, set_).data
         if executor is not None:
             modes = [word for name in mode or ["ais"] for word in ("--mode", name)]
@@ -371,6 +374,7 @@ def evaluate(
             cache=cache,
             device=device,
             on_progress=lambda done, total, name: errors.print(f"{done} of {total}: {_markup(name)}"),
+            on_warning=lambda text: errors.print(f"note: {_markup(text)}"),
             **_inference(data, set_),
             label_key=data.label_key,
             min_object_px=data.min_object_px,

@@ -24,8 +24,14 @@ results = Console(highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """Turn known errors into a message and an exit status; nobody sees a traceback for bad input."""
+def plain_errors(stopped: str = "stopped") -> Iterator[None]:
+    """Turn known errors into a message and an exit status; nobody sees a traceback for bad input.
+
+    Parameters
+    ----------
+    stopped
+        What to say when Ctrl-C ends it.
+    """
     try:
         yield
     except ResFinetuneError as error:
@@ -33,7 +39,7 @@ def plain_errors() -> Iterator[None]:
             errors.print(f"[bold red]error:[/] {escape(problem)}")
         raise typer.Exit(error.exit_status) from None
     except KeyboardInterrupt:
-        errors.print("stopped")
+        errors.print(stopped)
         raise typer.Exit(STOPPED) from None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from napari_resfinetune.cli.output import print_table, results
@@ -19,7 +19,7 @@ METRICS = {
     "recall": "recall",
     "PQ": "pq",
 }
-COUNTS = {"true": "n_true", "found": "n_pred", **{kind: kind for kind in ("missed", "extra", "merged", "split")}}
+COUNTS = {"true": "n_true", "predicted": "n_pred", **{kind: kind for kind in ("missed", "extra", "merged", "split")}}
 
 
 def scores_as_json(found: Mapping[str, Evaluation]) -> dict[str, Any]:
@@ -33,31 +33,28 @@ def print_scores(found: Mapping[str, Evaluation]) -> None:
     if len(found) == 1:
         (evaluation,) = found.values()
         rows = [row for mode in evaluation.modes for row in evaluation.of_mode(mode)]
+        by_mode = {"mode": "left"} if len(evaluation.modes) > 1 else {}
         print_table(
-            {"image": "left", "mode": "left", **dict.fromkeys(("SA50", "SA75", "mSA", *COUNTS), "right")},
-            [[row.where, row.mode, *_main(row), *_counts(row)] for row in rows],
+            {"image": "left", **by_mode, **dict.fromkeys(("SA50", "SA75", "mSA", *COUNTS), "right")},
+            [[row.where, *([row.mode] * len(by_mode)), *_main(row), *_counts(row)] for row in rows],
         )
         results.print()
     summaries = {name: evaluation.summary() for name, evaluation in found.items()}
     lines = [(name, mode, of_mode) for name, summary in summaries.items() for mode, of_mode in summary.items()]
     several = {"model": "left"} if len(found) > 1 else {}
-    print_table(
-        {**several, "mean": "left", "SA50 (95 % interval)": "left", **dict.fromkeys(list(METRICS)[1:], "right")},
-        [[*([name] * len(several)), mode, _with_interval(of_mode), *_means(of_mode)] for name, mode, of_mode in lines],
-    )
-    results.print()
-    print_table(
-        {**several, "objects": "left", **dict.fromkeys(COUNTS, "right"), "recall of small, medium, large": "left"},
-        [
-            [
-                *([name] * len(several)),
-                mode,
-                *(str(of_mode["counts"][key]) for key in COUNTS.values()),
-                ", ".join(_size(size) for size in of_mode["sizes"]),
-            ]
-            for name, mode, of_mode in lines
-        ],
-    )
+    first, *others = METRICS
+
+    def table(columns: Sequence[str], cells: Callable[[Mapping[str, Any]], Sequence[str]]) -> None:
+        rows = [[*([name] * len(several)), mode, *cells(of_mode)] for name, mode, of_mode in lines]
+        print_table({**several, "mode": "left", **dict.fromkeys(columns, "right")}, rows)
+
+    results.print("means over images, with the 95 % interval of SA50:")
+    table([first, "", *others], lambda of_mode: [_mean(of_mode, first), _interval(of_mode), *_means(of_mode, others)])
+    results.print("\nobjects:")
+    table(list(COUNTS), lambda of_mode: [str(of_mode["counts"][key]) for key in COUNTS.values()])
+    if any(of_mode["sizes"] for _, _, of_mode in lines):
+        results.print("\nrecall of thirds of the objects by size, in px:")
+        table(["small", "medium", "large"], lambda of_mode: _sizes(of_mode["sizes"]))
     for name, mode, of_mode in lines:
         if of_mode["rounds"]:
             after = " ".join(f"{means['sa50']:.3f}" for means in of_mode["rounds"])
@@ -65,22 +62,26 @@ def print_scores(found: Mapping[str, Evaluation]) -> None:
 
 
 def _main(row: ImageScore) -> list[str]:
-    return [f"{getattr(row, key):.3f}" for key in ("sa50", "sa75", "msa")]
+    return [f"{getattr(row, key):.2f}" for key in ("sa50", "sa75", "msa")]
 
 
 def _counts(row: ImageScore) -> list[str]:
     return [str(getattr(row, key)) for key in COUNTS.values()]
 
 
-def _with_interval(summary: Mapping[str, Any]) -> str:
+def _interval(summary: Mapping[str, Any]) -> str:
     interval = summary["intervals"]["sa50"]
-    spread = "one image" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
-    return f"{summary['means']['sa50']:.3f} ({spread})"
+    return "one image" if interval is None else f"{interval[0]:.2f}-{interval[1]:.2f}"
 
 
-def _means(summary: Mapping[str, Any]) -> list[str]:
-    return [f"{summary['means'][key]:.3f}" for key in list(METRICS.values())[1:]]
+def _mean(summary: Mapping[str, Any], metric: str) -> str:
+    return f"{summary['means'][METRICS[metric]]:.2f}"
 
 
-def _size(size: Mapping[str, Any]) -> str:
-    return f"{size['recall']:.2f} ({size['from_px']}-{size['to_px']} px)"
+def _means(summary: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+    return [_mean(summary, metric) for metric in metrics]
+
+
+def _sizes(sizes: Sequence[Mapping[str, Any]]) -> list[str]:
+    by_name = {size["name"]: f"{size['recall']:.2f} ({size['from_px']}-{size['to_px']})" for size in sizes}
+    return [by_name.get(name, "") for name in ("small", "medium", "large")]

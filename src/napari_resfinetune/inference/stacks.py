@@ -98,6 +98,8 @@ def segment_source(
         _check_memory(full_shape)
     labels = np.zeros(full_shape, np.uint32) if out is None else out
     scaling = measure_scaling(source, chosen, percentiles)
+    if scaling.low == scaling.high:  # one value everywhere, or none that is a number: a model sees things in that
+        return labels
 
     def read(plane: int | None, window: tuple[slice, slice] | None = None) -> Any:
         return apply_scaling(to_channels(read_plane(source, plane, window), chosen), scaling)

@@ -118,7 +118,7 @@ def find_model(folder: str | Path, name: str) -> ModelEntry:
         paths = ", ".join(str(entry.path) for entry in named)
         raise ConfigError(f"{name}: several models are called so; give the folder of the one that is meant: {paths}")
     if not named:
-        known = ", ".join(entry.name for entry in entries[:10]) or "none"
+        known = ", ".join(f'"{entry.name}"' for entry in entries[:10]) or "none"
         raise ConfigError(f"{name}: no such model in {folder}; there are {known}")
     return named[0]
 
@@ -280,10 +280,11 @@ def _read(path: Path, folder: Path) -> ModelEntry:
         entry = replace(entry, created=str(record.get("created") or created.isoformat(timespec="seconds")))
         entry = replace(entry, scores=_scores(comparison, run), verdict=str(comparison.get("verdict") or ""))
         if config is None:
-            return replace(entry, status="imported")
+            return replace(entry, status="imported", start_model=str(record.get("imported_from") or ""))
         return replace(entry, start_model=config.model, strategy=config.strategy.kind, status=_status(run))
-    except (ConfigError, OSError, AttributeError, TypeError):
-        return ModelEntry(path, own_name, status="damaged")
+    except (ConfigError, OSError, AttributeError, TypeError) as error:
+        said = str(error) if isinstance(error, ConfigError | OSError) else f"{path}: a file in it holds something else"
+        return ModelEntry(path, own_name, note=said, status="damaged")
 
 
 def _scores(comparison: Mapping[str, Any], run: RunFolder) -> dict[str, float]:
@@ -352,7 +353,8 @@ def _check_name(folder: Path, name: str, besides: ModelEntry | None = None) -> N
         )
     for entry in list_models(folder):
         if (besides is None or entry.path != besides.path) and name in (entry.name, entry.path.name):
-            raise ConfigError(f"{name}: another model is called so ({entry.path}); give another name")
+            what = "a model is called so" if name == entry.name else "the folder of a model is called so"
+            raise ConfigError(f"{name}: {what} ({entry.path}); give another name")
 
 
 def _update(path: Path, **changes: str) -> None:

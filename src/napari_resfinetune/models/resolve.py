@@ -115,7 +115,8 @@ def _in_run_folder(folder: Path) -> Path:
         return file
     if (folder / "checkpoints" / "best").exists() or (folder / "checkpoints" / "latest").exists():
         raise ModelError(
-            f"{folder}: the run was not finished, there is no model.pt yet; run 'resfinetune resume {folder}'"
+            f"{folder}: no model.pt in it, though checkpoints; 'resfinetune resume {folder}' finishes the run, or "
+            "writes it again"
         )
     raise ModelError(f"{folder}: no model.pt in it; expected a run folder or the path of a checkpoint file")
 

@@ -92,8 +92,31 @@ def load_state(path: str | Path) -> Weights:
     if decoder and not _is_state(decoder):
         raise ModelError(f"{path}: its decoder_state is not a set of tensors; export the checkpoint again")
     state = OrderedDict((k.removeprefix("sam."), v) for k, v in tensors.items() if not k.startswith(prefix))
-    meta = content.get("resfinetune")
-    return Weights(state, decoder or None, find_architecture(state, path), meta if isinstance(meta, dict) else {})
+    for name, tensor in (*state.items(), *(decoder or {}).items()):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ModelError(f"{path}: its weights are not all numbers ({name}); training failed, take an earlier one")
+    return Weights(state, decoder or None, find_architecture(state, path), _checked_meta(content, path))
+
+
+def _checked_meta(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """Return what a checkpoint of ours says of itself, which decides how images are shown to the model."""
+    meta = content.get("resfinetune", {})
+    meta = meta if isinstance(meta, dict) else {"": meta}
+    known = {
+        "patch_px": lambda value: type(value) is int and value > 0,
+        "percentiles": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)),
+        "channels": lambda value: isinstance(value, list) and all(type(each) is int for each in value),
+        "": lambda value: False,
+    }
+    wrong = [name for name, fits in known.items() if name in meta and not fits(meta[name])]
+    if wrong:
+        found = ", ".join(f"{name or 'all of it'}: {str(meta[name])[:40]!r}" for name in wrong)
+        raise ModelError(f"{path}: what it says of itself cannot be used ({found}); export it again")
+    return meta
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 100
 
 
 def load_decoder_state(path: str | Path) -> dict[str, torch.Tensor]:
@@ -323,12 +346,17 @@ def _write(path: Path, save: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"{path}: cannot be written ({_first_line(error)}); free space or choose another folder"
-        ) from None
+        raise ModelError(f"{path}: cannot be written ({_reason(error)}); free space or choose another folder") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # What torch's writer says is about its own source code.
+    return "the disk is full, or takes no files" if "inline_container" in str(error) else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.errors import ConfigError
 from napari_resfinetune.events import Finished
 from napari_resfinetune.reporting.citations import Citation, citations_for
-from napari_resfinetune.training.run_folder import SESSION_EVENTS, RunFolder, open_run
+from napari_resfinetune.training.run_folder import METRICS, SESSION_EVENTS, RunFolder, open_run
 from napari_resfinetune.words import duration
 
 STATUS_WORDS = {
@@ -137,6 +137,8 @@ class RunView:
         model = run / "model.pt"
         mode = "amg" if self.config.training.targets == "masks" else "ais"
         typed, typed_model = shlex.quote(str(run)), shlex.quote(str(model))
+        # micro-sam has its vit_t from a package that it does not install.
+        tiny = " (vit_t needs the package mobile_sam there)" if self.architecture == "vit_t" else ""
         return [
             (
                 "The command",
@@ -153,12 +155,12 @@ class RunView:
             (
                 "napari",
                 "Plugins, Segment Anything for Microscopy, Annotator 2d; under embedding settings give the model type "
-                f"{self.architecture} and this file as custom weights. Or from a terminal:",
+                f"{self.architecture} and this file as custom weights{tiny}. Or from a terminal:",
                 f"micro_sam.annotator_2d -i image.tif -m {self.architecture} -c {typed_model}",
             ),
             (
                 "micro-sam",
-                "From a terminal, and in Python:",
+                f"From a terminal, and in Python{tiny}:",
                 f"micro_sam.automatic_segmentation -i image.tif -o labels.tif -m {self.architecture} -c {typed_model} "
                 f"--mode {mode}\n\n"
                 "from micro_sam.automatic_segmentation import get_predictor_and_segmenter\n"
@@ -188,7 +190,7 @@ def view_run(path: Path, finished: Finished | None = None) -> RunView:
     # A session that began and did not end counts, not the one before it.
     sessions = [event for event in events if event["event"] in SESSION_EVENTS]
     end: Mapping[str, Any] = finished.to_dict() if finished is not None else (sessions[-1] if sessions else {})
-    epochs = _read_epochs(run)
+    epochs = _read_epochs(run) or [_numbers(event) for event in events if event["event"] == "EpochEnded"]
     steps = sorted(event["seconds"] for event in events if event["event"] == "Step")
     failed = end.get("event") == "Failed"
     last: Mapping[str, float] = epochs[-1] if epochs else {}
@@ -243,6 +245,10 @@ def _read_epochs(run: RunFolder) -> list[dict[str, float]]:
         return []
     except (OSError, ValueError) as error:
         raise ConfigError(f"{run.metrics}: cannot be read ({error}); restore it, or start a new run") from None
+
+
+def _numbers(event: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(event[name]) for name in METRICS if isinstance(event.get(name), int | float)}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Any:
