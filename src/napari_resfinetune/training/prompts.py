@@ -117,7 +117,7 @@ def plan_training_prompts(
         multimask=step % 2 == 0,
         draws=torch.from_numpy(rng.random((rounds, len(masks), 2), dtype=np.float32)),
         mask_prompts=tuple(bool(draw < mask_prompt_probability) for draw in rng.random(rounds)),
-        place=(rng.random(), rng.random()),
+        place=_somewhere(rng),
     )
 
 
@@ -130,7 +130,13 @@ def plan_validation_prompts(labels: Tensor, rng: np.random.Generator, *, index: 
         positives = int(rng.integers(1, MOST_POINTS + 1))
         negatives = int(rng.integers(1 if positives == 1 and kind == 2 else 0, MOST_POINTS + 1))
     first = first_prompts(masks, boxes, rng, positives=positives, negatives=negatives, with_boxes=kind in (1, 3))
-    return PromptPlan(masks, first, kind == 0, torch.zeros(0, len(masks), 2), (), (rng.random(), rng.random()))
+    return PromptPlan(masks, first, kind == 0, torch.zeros(0, len(masks), 2), (), _somewhere(rng))
+
+
+def _somewhere(rng: np.random.Generator) -> tuple[float, float]:
+    """Draw a place, often at the rim of the field: few places show a corner, many the middle."""
+    down, right = (1.5 * rng.random(2) - 0.25).clip(0, 1).tolist()
+    return down, right
 
 
 def draw_objects(labels: Tensor, rng: np.random.Generator, objects: int) -> tuple[Tensor, NDArray[np.int64]]:
