@@ -199,7 +199,7 @@ def test_nothing_to_compare_is_said_with_every_reason(cells, models, tmp_path):
     found = suggest(cells, [cells / "start.pt", tmp_path / "copy.pt", tmp_path / "nan.pt"], patches=1)
     assert [each.model for each in found] == [str(cells / "start.pt")]
     reasons = {Path(each.model).name: each.reason for each in found.left_out}
-    assert "the same weights as" in reasons["copy.pt"] and "no numbers" in reasons["nan.pt"]
+    assert "the same weights as" in reasons["copy.pt"] and "not all numbers" in reasons["nan.pt"]
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(cells, tmp_path):
