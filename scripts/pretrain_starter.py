@@ -132,9 +132,7 @@ class Pretraining:
         hardware = probe_hardware()
         device = pick_device(options.device, hardware)[0]
         precision = choose_precision("auto", device, hardware)
-        self.settings = StepSettings(
-            autocast=DTYPES[precision.name if precision.name != "fp16" else "fp32"], input_px=options.window_px[0]
-        )
+        self.settings = StepSettings(autocast=DTYPES[precision.name if precision.name != "fp16" else "fp32"])
         self.device = torch.device(device)
         steps = MOST_STEPS if options.minutes else options.steps
         self.windows = Windows(options.window_px, options.batch, steps * options.batch)

@@ -170,9 +170,9 @@ class TrainingConfig(_Frozen):
     )
     positions: Positions = Field(
         "part",
-        description="position encodings of a smaller input: 'part' those of a corner of SAM's field of view, for half "
-        "a patch at the same scale; 'stretched' those of the whole field, for a whole patch at half the scale, which "
-        "moves further from what the start model knows",
+        description="position encodings of a smaller input: 'part' those of a part of SAM's field of view (for vit_t "
+        "anywhere in it, else its corner), for half a patch at the same scale; 'stretched' those of the whole field, "
+        "for a whole patch at half the scale, which moves further from what the start model knows",
     )
     update: Update = Field(
         "together",

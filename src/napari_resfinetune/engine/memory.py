@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from napari_resfinetune.api import load_model
-from napari_resfinetune.inference import TileEmbedding, pad_to_field, plan_tiles
-from napari_resfinetune.inference.tiling import embed_tile
+from napari_resfinetune.inference import TileEmbedding
+from napari_resfinetune.inference.tiling import cut, embed_tile
 from napari_resfinetune.models import SamModel
 
 KEPT_GB = 1.0
@@ -74,8 +74,7 @@ class Kept:
         """
         key = (*key, patch_px)
         if key not in self._embeddings:
-            padded = pad_to_field(model, image, patch_px)
-            tiles = plan_tiles((padded.shape[0], padded.shape[1]), patch_px)
+            padded, tiles = cut(model, image, patch_px)
             made = []
             for done, tile in enumerate(tiles):
                 on_tile(done, 2 * len(tiles))

@@ -152,10 +152,29 @@ def _predict(
         None if prompts.boxes is None else scale_boxes(prompts.boxes, shape, input_px),
         multimask=multimask,
     )
-    best = quality.argmax(dim=1)
-    rows = torch.arange(len(best), device=best.device)
-    logits = upsample_masks(low_res[rows, best][:, None], embedding.input_size, shape, input_px)[:, 0]
-    return (logits > model.sam.mask_threshold).cpu(), quality[rows, best].float().cpu()
+    masks, best = best_masks(low_res, quality, embedding.input_size, shape, input_px)
+    return masks.cpu(), best.float().cpu()
+
+
+def best_masks(
+    low_res: torch.Tensor,
+    quality: torch.Tensor,
+    input_size: tuple[int, int],
+    shape: tuple[int, int],
+    input_px: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return masks "NYX" in image resolution and their predicted overlaps, of the best candidate of each object.
+
+    Parameters
+    ----------
+    low_res, quality
+        Logits "NCYX" and predicted overlaps "NC", as the mask decoder gives them.
+    input_size, shape, input_px
+        As for `upsample_masks`.
+    """
+    rows, best = torch.arange(len(quality), device=quality.device), quality.argmax(dim=1)
+    logits = upsample_masks(low_res[rows, best][:, None], input_size, shape, input_px)[:, 0]
+    return logits > 0, quality[rows, best]
 
 
 def _join(

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from napari_resfinetune.config.cache import cache_folder
-from napari_resfinetune.inference.tiling import TileEmbedding, embed_tile, field_input_px, pad_to_field, plan_tiles
+from napari_resfinetune.inference.tiling import TileEmbedding, cut, embed_tile, field_input_px
 from napari_resfinetune.models import SamModel, encoder_units, resized_shape, weights_hash
 from napari_resfinetune.training.feature_cache import FeatureCache, name_of_part
 
@@ -84,8 +84,8 @@ class Store:
     def embed(self, image: NDArray[np.float32]) -> list[TileEmbedding]:
         """Return what `embed_plane` gives, in 16-bit precision."""
         found = []
-        padded = pad_to_field(self.model, image, self.patch_px)
-        for tile in plan_tiles((padded.shape[0], padded.shape[1]), self.patch_px):
+        padded, tiles = cut(self.model, image, self.patch_px)
+        for tile in tiles:
             pixels = torch.from_numpy(np.ascontiguousarray(padded[tile.window]))
             compute = functools.partial(self._compute, padded, tile)
             features = self.features.get(pixels, compute).to(self.model.device)

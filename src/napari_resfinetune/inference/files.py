@@ -53,7 +53,7 @@ def write_labels(
         When it cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name[:100]}{own_suffix()}")
+    partial = _partial(path)
     options: dict[str, Any] = {
         "compression": "zlib",
         "photometric": "minisblack",
@@ -76,6 +76,10 @@ def write_labels(
 def own_suffix() -> str:
     """Return how names end of what this process makes and removes again."""
     return f".{socket.gethostname()}-{os.getpid()}.partial"
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name[:100]}{own_suffix()}")
 
 
 def remove_abandoned(folder: Path) -> None:
@@ -112,7 +116,7 @@ def new_ome_zarr(
     DataError
         When it cannot be written.
     """
-    partial = path.with_name(f".{path.name[:100]}{own_suffix()}")
+    partial = _partial(path)
     axes = axes or "ZYX"[-len(shape) :]
     try:
         group = zarr.create_group(partial, zarr_format=3, overwrite=True)

@@ -188,9 +188,17 @@ def embed_plane(
     precision: torch.dtype | None = None,
 ) -> Iterator[TileEmbedding]:
     """Yield the embeddings of all windows of an image, padded where it is small, one at a time."""
-    padded = pad_to_field(model, image, patch_px)
-    for tile in plan_tiles((padded.shape[0], padded.shape[1]), patch_px, halo_px):
+    padded, tiles = cut(model, image, patch_px, halo_px)
+    for tile in tiles:
         yield embed_tile(model, padded, tile, precision)
+
+
+def cut(
+    model: SamModel, image: NDArray[np.float32], patch_px: int, halo_px: int | None = None
+) -> tuple[NDArray[np.float32], tuple[Tile, ...]]:
+    """Return an image, padded where it is small, and its windows."""
+    padded = pad_to_field(model, image, patch_px)
+    return padded, plan_tiles((padded.shape[0], padded.shape[1]), patch_px, halo_px)
 
 
 def field_input_px(model: SamModel, tile: Tile) -> int:

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from napari_resfinetune.data.patches import Patch
-from napari_resfinetune.evaluation.prompted import ObjectPrompts, prompts_from_labels
+from napari_resfinetune.evaluation.prompted import ObjectPrompts, best_masks, prompts_from_labels
 from napari_resfinetune.evaluation.scores import score
 from napari_resfinetune.inference.segment import MIN_SIZE_PX
 from napari_resfinetune.models import SamModel, resized_shape, upstream
-from napari_resfinetune.training.losses import upsample_masks
 from napari_resfinetune.training.prompts import Prompts
 from napari_resfinetune.training.step import StepSettings, predict_round
 
@@ -121,9 +120,8 @@ def prompted_masks(
     low_res, quality = predict_round(
         model, embedding, prompts.to(embedding.device), None, size, prompts.boxes is None, settings
     )
-    best = low_res[torch.arange(len(low_res), device=low_res.device), quality.argmax(1)][:, None]
-    logits = upsample_masks(best, input_size, size, settings.input_px)[:, 0]
-    return np.asarray((logits > 0).cpu().numpy())
+    masks, _ = best_masks(low_res, quality, input_size, size, settings.input_px)
+    return np.asarray(masks.cpu().numpy())
 
 
 def automatic(model: SamModel, embedding: Tensor, size: tuple[int, int], settings: StepSettings) -> NDArray[np.uint32]:

@@ -151,10 +151,9 @@ class Trainer:
                 yield from self._pending
                 self._pending.clear()
                 yield from self._train_step(batch)
-                time_is_over = self._time_is_over()
-                if progress.step == self.steps_per_epoch or time_is_over:
+                if progress.step == self.steps_per_epoch or self._time_is_over():
                     yield from self._end_epoch()
-                    status = "finished" if time_is_over else self._ended()
+                    status = self._ended()
                 elif time.monotonic() - self._saved > self.plan.save_minutes * 60:
                     yield self._save("latest")
                 while self._notes:
