@@ -1,12 +1,13 @@
 """Does the search find the model that is best after finetuning? Its ranking against the truth, on real images.
 
-    python benchmarks/search_truth.py WORK --data DATA --start start.pt --targets fluo_mixed histology
+    python benchmarks/search_truth.py WORK --data DATA --targets fluo_mixed histology
 
 `DATA` holds a folder for each modality, with `images/` and `labels/`. Candidates are made on the spot: the start model,
-the start model finetuned on each of `--makers` by each of `--strategies`, untrained weights, a model trained from them
-for as short a time, and blends of the start model with untrained weights, which know less and less. The truth is the
-SA50 of the automatic segmentation on images that neither search nor training has seen, after every candidate was
-finetuned with one fixed small budget. Everything is kept in `WORK`; a run that was stopped goes on there.
+the start model finetuned on each of `--makers` by each of `--strategies` (or, with `--candidates`, models that exist
+already, those of a sweep, say), untrained weights, a model trained from them for as short a time, and blends of the
+start model with untrained weights, which know less and less. The truth is the SA50 of the
+automatic segmentation on images that neither search nor training has seen, after every candidate was finetuned with one
+fixed small budget. Everything is kept in `WORK`; a run that was stopped goes on there.
 
 The table says Kendall's tau between ranking and truth, of the combined score and of each part alone, and the regret of
 the first choice: how much SA50 is lost against the best candidate. `--table` prints it from what is there.
@@ -44,9 +45,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--start", type=Path)
+    parser.add_argument("--start", default="starter")
     parser.add_argument("--makers", nargs="+", default=["fluo_mixed", "histology", "phase_t98g"])
     parser.add_argument("--strategies", nargs="+", default=["full", "frozen", "late"])
+    parser.add_argument("--candidates", nargs="*", type=Path, help="finetuned models that exist already")
     parser.add_argument("--blends", nargs="*", type=float, default=[0.9, 0.7, 0.5], help="shares of the start model")
     parser.add_argument("--targets", nargs="+", default=["fluo_mixed"])
     parser.add_argument("--learn", default="instances", choices=["instances", "both"], help="which decoders learn")
@@ -64,7 +66,7 @@ def main() -> None:
             (options.work / modality).mkdir(exist_ok=True)
             search(options, modality, candidates)
             truth(options, modality, candidates)
-        print(table(options.work / modality))
+        print(table(options.work / modality, options.start))
 
 
 def settings(options: argparse.Namespace, steps: int) -> dict[str, Any]:
@@ -80,6 +82,8 @@ def settings(options: argparse.Namespace, steps: int) -> dict[str, Any]:
             "objects": 5,
             "sub_iterations": 3,
             "early_stopping": None,
+            "compare": False,
+            "report": False,
         },
         "resources": {"precision": "fp32", "device": "cpu", "threads": 1},
     }
@@ -95,10 +99,13 @@ def files(options: argparse.Namespace, modality: str) -> dict[str, list[list[Pat
 
 
 def make_candidates(options: argparse.Namespace) -> list[str]:
-    """Finetune the start model on each modality by each strategy, for a short time; return all candidates."""
-    made = [str(options.start), UNTRAINED]
+    """Return all candidates; finetune the start model on each modality by each strategy unless that was done before."""
+    made = [options.start, UNTRAINED, *map(str, options.candidates or ())]
     todo: list[tuple[str, str, str]] = [
-        (f"{maker}-{strategy}", maker, strategy) for maker in options.makers for strategy in options.strategies
+        (f"{maker}-{strategy}", maker, strategy)
+        for maker in options.makers
+        for strategy in options.strategies
+        if not options.candidates
     ]
     for name, maker, strategy in [*todo, (HALF, options.makers[0], "full")]:
         run = options.work / "candidates" / name
@@ -113,7 +120,9 @@ def make_candidates(options: argparse.Namespace) -> list[str]:
                 images, labels, model=start, strategy=strategy, output=run, **chosen))  # noqa: B023  # fmt: skip
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
         made.append(str(run))
-    return made + [str(blend(options, share)) for share in options.blends]
+    made += [str(blend(options, share)) for share in options.blends]
+    write(options.work / "candidates.json", made)
+    return made
 
 
 def blend(options: argparse.Namespace, share: float) -> Path:
@@ -182,12 +191,12 @@ def search(options: argparse.Namespace, modality: str, candidates: list[str]) ->
         write(path, found.to_dict())
 
 
-def table(folder: Path) -> str:
+def table(folder: Path, start: str) -> str:
     """Return the comparison as markdown, and write it beside its numbers."""
     known = {name: value["sa50"] for name, value in read(folder / "truth.json").items()}
     found = {name: read(folder / f"search-{name}.json") for name in ("shared", "alone")}
     ranked = {each["model"]: each for each in found["shared"]["ranked"] if each["model"] in known}
-    models = [model for model in candidates_in(folder.parent, ranked) if model in known]
+    models = [model for model in read(folder.parent / "candidates.json") if model in ranked]
     if not models:
         return f"{folder.name}: no candidate was finetuned yet"
     best = max(known[model] for model in models)
@@ -209,8 +218,8 @@ def table(folder: Path) -> str:
         values = [rule(model) for model in models]
         tau = kendalltau(values, [known[model] for model in models]).statistic
         lines.append(f"| {name} | {tau:.2f} | {best - known[models[int(np.argmax(values))]]:.3f} |")
-    starts = [model for model in models if Path(model).suffix == ".pt" and "blend" not in model]
-    lines += [f"| always the start model | | {best - known[model]:.3f} |" for model in starts]
+    if start in known:
+        lines.append(f"| always the start model | | {best - known[start]:.3f} |")
     lines.append(f"| at random, on average | 0 | {best - np.mean([known[model] for model in models]):.3f} |")
     lines += ["", "| candidate | SA50 after finetuning | score | automatic SA50 before |", "|---|---|---|---|"]
     for model in sorted(models, key=lambda model: -known[model]):
@@ -231,12 +240,6 @@ def table(folder: Path) -> str:
     return text
 
 
-def candidates_in(work: Path, ranked: dict[str, Any]) -> list[str]:
-    """Return the candidates in the order in which they were made."""
-    made = {str(path): path.stat().st_mtime for path in (work / "candidates").iterdir()}
-    return sorted(ranked, key=lambda model: made.get(model, 0.0))
-
-
 def sum_of(each: dict[str, Any], *names: str) -> float:
     """Add up what a model of a ranking took."""
     return float(sum(each["seconds"][name] for name in names))
@@ -251,12 +254,12 @@ def timed(what: str, action: Callable[[], Any]) -> float:
     return seconds
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Any:
     """Read JSON; nothing when it is not there."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
+def write(path: Path, content: Any) -> None:
     """Write JSON."""
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 

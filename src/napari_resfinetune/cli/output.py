@@ -177,6 +177,6 @@ class WindowProgress:
         self._bar.console.print(escape(text))
 
 
-def escape(text: str) -> str:
+def escape(text: object) -> str:
     """Keep rich from taking brackets for markup."""
-    return text.replace("[", r"\[")
+    return str(text).replace("[", r"\[")
