@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 # Colours that people with any kind of colour vision tell apart (Okabe and Ito 2008).
 MODE_COLOURS = {"box": "#D55E00", "ais": "#0072B2", "amg": "#009E73", "point": "#CC79A7", "apg": "#E69F00"}
 PRESET_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# Line style and marker of a strategy.
-STYLES: dict[str, tuple[Any, str]] = {
-    "full": ("-", "o"),
-    "lora": (":", "o"),
-    "frozen": ("--", "X"),
-    "late": ("-.", "s"),
-    "late_lora": ((0, (1, 3)), "s"),
+# Line style, marker, and place beside the tick of a strategy, so that their bars do not hide each other.
+STYLES: dict[str, tuple[Any, str, float]] = {
+    "full": ("-", "o", -0.12),
+    "lora": (":", "o", -0.06),
+    "frozen": ("--", "X", 0.0),
+    "late": ("-.", "s", 0.06),
+    "late_lora": ((0, (1, 3)), "s", 0.12),
 }
 FORMATS = ("png", "svg", "pdf")
 SCORE, SCORE_NAME = "msa", "mean segmentation accuracy"
@@ -62,7 +62,7 @@ def draw_scores(stem: Path, rows: Sequence[Row], preset: str) -> list[Path]:
     for line in range(len(groups)):
         axes[line][0].set_ylabel(SCORE_NAME)
     strategies = [name for name in _strategies(rows) if name != INITIAL]
-    figure.suptitle(f"{preset}: {', '.join(models)} after finetuning on few images")
+    figure.suptitle(f"{preset}: after finetuning on few images")
     _legend(figure, [(mode.upper() if mode in ("ais", "amg", "apg") else mode, MODE_COLOURS[mode]) for mode in modes],
             strategies)  # fmt: skip
     return [*_save(figure, stem), write_table(stem.with_name(f"{stem.name}.csv"), numbers)]
@@ -133,8 +133,9 @@ def _line(
             number = {"mean": mean(values), "least": min(values), "most": max(values), "seeds": len(values)}
             numbers.append({"images": _tick_name(n_images), "position": position, **number})
     if numbers:
-        style, marker = STYLES.get(strategy.partition("-")[0], ("-", "o"))
-        x, y = [n["position"] for n in numbers], [n["mean"] for n in numbers]
+        style, marker, shift = _style(strategy)
+        x = [n["position"] + (0 if n["images"] == "initial" else shift) for n in numbers]
+        y = [n["mean"] for n in numbers]
         axes.plot(x, y, linestyle=style, marker=marker, color=colour, markersize=5, linewidth=1.6)
         axes.vlines(x, [n["least"] for n in numbers], [n["most"] for n in numbers], color=colour, linewidth=1)
     return [{name: value for name, value in number.items() if name != "position"} for number in numbers]
@@ -164,6 +165,10 @@ def _titled(model: str) -> str:
     return f"{model} ({'generalist' if known.has_decoder else 'default'})"
 
 
+def _style(strategy: str) -> tuple[Any, str, float]:
+    return STYLES.get(strategy.partition("-")[0], ("-", "o", 0.0))
+
+
 def _strategies(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.strategy for row in rows))
 
@@ -179,9 +184,9 @@ def _legend(figure: Figure, colours: Sequence[tuple[str, str]], strategies: Sequ
 
     handles = [Line2D([], [], color=colour, label=name, linewidth=3) for name, colour in colours]
     for strategy in strategies:
-        style, marker = STYLES.get(strategy.partition("-")[0], ("-", "o"))
+        style, marker, _ = _style(strategy)
         handles.append(Line2D([], [], color="#555555", linestyle=style, marker=marker, label=strategy))
-    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    figure.legend(handles=handles, loc="outside right center", frameon=False)
 
 
 def _save(figure: Figure, stem: Path) -> list[Path]:
