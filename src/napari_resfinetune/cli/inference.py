@@ -22,8 +22,9 @@ OnExecutor = Annotated[
     str | None,
     typer.Option(
         "--executor",
-        metavar="FILE",
-        help="For thousands of images: run in chunks on a cluster (YAML file with kind: slurm) or here (local).",
+        metavar="WHERE",
+        help="For thousands of images: run in chunks, on a cluster (its YAML file, or the address of a dask "
+        "scheduler) or here (local).",
     ),
 ]
 Chunk = Annotated[int, typer.Option("--chunk", min=1, metavar="N", help="Images of a job, with --executor.")]

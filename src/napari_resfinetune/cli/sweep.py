@@ -14,6 +14,7 @@ from napari_resfinetune import api
 from napari_resfinetune.cli.output import (
     STOPPED,
     errors,
+    escape,
     plain_errors,
     print_json,
     print_table,
@@ -40,7 +41,8 @@ def sweep(
         bool, typer.Option("--wait/--no-wait", help="Look after the jobs, or hand them to the cluster and leave.")
     ] = True,
     executor: Annotated[
-        str | None, typer.Option("--executor", metavar="FILE", help="YAML file of a cluster, or local.")
+        str | None,
+        typer.Option("--executor", metavar="WHERE", help="YAML file of a cluster, address of dask, or local."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Another folder than the grid's.")
@@ -102,7 +104,7 @@ def run_in_chunks(
         )  # fmt: skip
     failed = [job for job in result.jobs if job.state == "failed"]
     for job in failed:
-        errors.print(f"[bold red]failed:[/] {job.name}: {_plain(job.note)}")
+        errors.print(f"[bold red]failed:[/] {job.name}: {escape(job.note)}")
     if as_json:
         chunks = [{"name": job.name, "state": job.state, "note": job.note} for job in result.jobs]
         print_json({"images": result.images, "done": result.done, "table": str(result.table), "jobs": chunks})
@@ -120,7 +122,7 @@ def _end(result: Any, grid: Path, as_json: bool, wait: bool) -> None:
         print_json(result.to_dict())
     for job in result.jobs:
         if job.state == "failed":
-            errors.print(f"[bold red]failed:[/] {job.name}: {_plain(job.note)}")
+            errors.print(f"[bold red]failed:[/] {job.name}: {escape(job.note)}")
     if not as_json:
         left = len(result.jobs) - result.count("done") - result.count("failed")
         results.print(f"{result.count('done')} done, {result.count('failed')} failed, {left} left")
@@ -171,7 +173,7 @@ def _left_out(named: Iterable[tuple[str, str]]) -> Iterator[str]:
     for name, reason in named:
         names_of.setdefault(reason, []).append(name)
     for reason, names in names_of.items():
-        yield f"left out: {some(names)}: {_plain(reason)}"
+        yield f"left out: {some(names)}: {escape(reason)}"
 
 
 class _Watching:
@@ -197,7 +199,7 @@ class _Watching:
             return
         for job in states:
             if self._before.get(job.name) != job.state and (job.state != "waiting" or job.name in self._before):
-                errors.print(f"{job.name}: {job.state}{f' ({_plain(job.note)})' if job.note else ''}")
+                errors.print(f"{job.name}: {job.state}{f' ({escape(job.note)})' if job.note else ''}")
             self._before[job.name] = job.state
 
 
@@ -209,11 +211,7 @@ def _state_table(states: Sequence[Any]) -> Table:
         table.add_column(name, overflow="fold")
     first = sorted(states, key=lambda job: ORDER.index(job.state))[:ROWS_SHOWN]
     for job in first:
-        table.add_row(_plain(job.name), f"[{COLOURS.get(job.state, 'default')}]{job.state}[/]", _plain(job.note))
+        table.add_row(escape(job.name), f"[{COLOURS.get(job.state, 'default')}]{job.state}[/]", escape(job.note))
     if len(states) > len(first):
         table.add_row(f"... and {len(states) - len(first)} more", "", "")
     return table
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -70,7 +70,18 @@ class SlurmSettings(SlurmRequest):
         return SlurmRequest(**{**self.model_dump(include=names), **changes})
 
 
-Executor = Annotated[LocalSettings | SlurmSettings, Field(discriminator="kind")]
+class DaskSettings(_Frozen):
+    """Runs on the workers of a dask cluster that is there already."""
+
+    kind: Literal["dask"] = "dask"
+    scheduler: str = Field(description="address of its scheduler, as 'tcp://node1:8786'")
+    resources: dict[str, PositiveFloat] = Field(
+        {}, description="what a job takes of the resources that workers were begun with, as {GPU: 1}"
+    )
+
+
+ExecutorSettings = LocalSettings | SlurmSettings | DaskSettings
+Executor = Annotated[ExecutorSettings, Field(discriminator="kind")]
 
 
 class GridConfig(_Frozen):
@@ -172,12 +183,10 @@ def make_grid(values: Mapping[str, Any], where: str = "grid") -> GridConfig:
     """
     values = dict(values)
     executor = values.get("executor")
-    if executor == "local":
-        values["executor"] = {"kind": "local"}
-    elif isinstance(executor, str):
-        values["executor"] = read_yaml(executor)
+    if isinstance(executor, str):
+        values["executor"] = _executor_of(executor)
     if isinstance(values.get("executor"), dict) and "kind" not in values["executor"]:
-        raise ConfigError(f"{where}: executor: has no kind; add 'kind: local' or 'kind: slurm'")
+        raise ConfigError(f"{where}: executor: has no kind; add 'kind: local', 'kind: slurm' or 'kind: dask'")
     return validated(GridConfig, values, where)
 
 
@@ -194,16 +203,27 @@ def read_grid(path: str | Path, executor: str | None = None, output: str | Path 
     return make_grid(values, str(path))
 
 
-def read_executor(text: str) -> LocalSettings | SlurmSettings:
-    """Return where to run: ``"local"``, or what a YAML file says that holds the section ``executor`` alone.
+def read_executor(text: str) -> ExecutorSettings:
+    """Return where to run.
+
+    Parameters
+    ----------
+    text
+        ``"local"``, the address of a dask scheduler, or the path of a YAML file that holds a section
+        ``executor`` alone.
 
     Raises
     ------
     ConfigError
         When it cannot be read, or holds wrong values.
     """
-    values = {"kind": "local"} if text == "local" else read_yaml(text)
-    return validated(_Place, {"executor": values}, text).executor
+    return validated(_Place, {"executor": _executor_of(text)}, text).executor
+
+
+def _executor_of(text: str) -> dict[str, Any]:
+    if text == "local":
+        return {"kind": "local"}
+    return {"kind": "dask", "scheduler": text} if "://" in text else read_yaml(text)
 
 
 class _Place(_Frozen):

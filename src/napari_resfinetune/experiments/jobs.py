@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,3 +128,33 @@ def forget_error(output: Path, name: str) -> None:
 def has_checkpoint(output: Path, name: str) -> bool:
     """Say whether there is a training to go on with."""
     return RunFolder(job_folder(output, name) / "run").can_resume
+
+
+def worker_command(output: Path, job: Job, steps: Sequence[str]) -> list[str]:
+    """Return the command that does steps of a job."""
+    return [sys.executable, "-P", "-m", "napari_resfinetune.experiments.worker", str(output), job.name, *steps]
+
+
+def note_submitted(output: Path, name: str, ids: Sequence[str]) -> None:
+    """Write down under which ids a job was handed over, so that it and its logs are found."""
+    path = job_folder(output, name) / "submitted.json"
+    before = read_json(path).get("ids", [])
+    write_json(path, {"ids": [*before, *(number for number in ids if number not in before)], "now": list(ids)})
+
+
+def last_submitted(output: Path) -> dict[str, list[str]]:
+    """Return the ids under which each job was handed over last."""
+    files = (output / "jobs").glob("*/submitted.json")
+    return {file.parent.name: read_json(file).get("now", []) for file in files}
+
+
+def log_file(output: Path, number: str, kind: str) -> Path:
+    """Return where what a job writes to ``"out"`` or ``"err"`` goes: submitit's names, the same for all executors."""
+    return output / "logs" / f"{number}_0_log.{kind}"
+
+
+def log_files(output: Path, name: str) -> list[Path]:
+    """Return what a job's processes wrote, the oldest first."""
+    ids = read_json(job_folder(output, name) / "submitted.json").get("ids", [])
+    paths = [log_file(output, number, kind) for number in ids for kind in ("out", "err")]
+    return [path for path in paths if path.is_file() and path.stat().st_size]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from napari_resfinetune.data.pairs import find_images, find_pairs
 from napari_resfinetune.errors import ConfigError, DataError
 from napari_resfinetune.events import StopToken
-from napari_resfinetune.experiments.grid import LocalSettings, SlurmSettings
+from napari_resfinetune.experiments.grid import DaskSettings, ExecutorSettings, SlurmSettings
 from napari_resfinetune.experiments.jobs import Job, Need, job_folder, read_json, read_result, write_json
 from napari_resfinetune.experiments.manage import JobState, OnChange, run_jobs
 from napari_resfinetune.experiments.pools import open_pool
@@ -65,7 +65,7 @@ def run_plate(
     labels: Any,
     output: Path,
     arguments: Sequence[str],
-    executor: LocalSettings | SlurmSettings,
+    executor: ExecutorSettings,
     *,
     chunk: int = 100,
     where: dict[str, Any] | None = None,
@@ -107,6 +107,8 @@ def run_plate(
     device = pick_device("auto", hardware)[0].partition(":")[0]
     if isinstance(executor, SlurmSettings):
         device = "cuda" if executor.gpus else "cpu"
+    if isinstance(executor, DaskSettings):
+        device = "cuda" if "GPU" in executor.resources else "cpu"
     write_json(output / PLATE_FILE, asked)
     jobs = [
         _job(verb, output, f"chunk-{number + 1:05}", pairs[first : first + chunk], arguments, device)

@@ -1,4 +1,4 @@
-"""Where jobs run: on this computer or on a cluster, both through submitit.
+"""Where jobs run: on this computer or on a cluster with SLURM, both through submitit (with dask: `dask_pool`).
 
 submitit pickles what it is given, from one process of ours to another. That is `Command`, which holds nothing but the
 words of a command; what comes back is read from the jobs' own folders and never unpickled.
@@ -23,8 +23,8 @@ from submitit import LocalExecutor, SlurmExecutor
 from submitit.helpers import Checkpointable, DelayedSubmission
 
 from napari_resfinetune.errors import ConfigError, ResourceError
-from napari_resfinetune.experiments.grid import LocalSettings, SlurmSettings
-from napari_resfinetune.experiments.jobs import Job, job_folder, read_json, steps_left, write_json
+from napari_resfinetune.experiments.grid import DaskSettings, ExecutorSettings, LocalSettings, SlurmSettings
+from napari_resfinetune.experiments.jobs import Job, last_submitted, note_submitted, steps_left, worker_command
 from napari_resfinetune.planning import Hardware
 
 YEAR_MINUTES = 365 * 24 * 60
@@ -83,31 +83,6 @@ class Pool(Protocol):
         """Take back what waits, and with `running` also what runs, at once."""
 
 
-def worker_command(output: Path, job: Job, steps: Sequence[str]) -> list[str]:
-    """Return the command that does steps of a job."""
-    return [sys.executable, "-P", "-m", "napari_resfinetune.experiments.worker", str(output), job.name, *steps]
-
-
-def log_files(output: Path, name: str) -> list[Path]:
-    """Return what a job's processes wrote, the oldest first."""
-    ids = read_json(job_folder(output, name) / "submitted.json").get("ids", [])
-    paths = [output / "logs" / f"{number}_0_log.{kind}" for number in ids for kind in ("out", "err")]
-    return [path for path in paths if path.is_file() and path.stat().st_size]
-
-
-def _note(output: Path, name: str, ids: Sequence[str]) -> None:
-    """Write down under which numbers a job was submitted, so that its logs are found."""
-    path = job_folder(output, name) / "submitted.json"
-    before = read_json(path).get("ids", [])
-    write_json(path, {"ids": [*before, *(number for number in ids if number not in before)], "now": list(ids)})
-
-
-def _submitted(output: Path) -> dict[str, list[str]]:
-    """Return the numbers under which each job was handed over last."""
-    files = (output / "jobs").glob("*/submitted.json")
-    return {file.parent.name: read_json(file).get("now", []) for file in files}
-
-
 def _still_works(pid: str, output: Path) -> bool:
     """Say whether a process is one that submitit began for a sweep, and not another of the same number."""
     if not pid.isdigit():
@@ -155,7 +130,7 @@ class LocalPool:
     def alive(self) -> dict[str, str]:
         """Return the names of jobs whose process has not ended, also of those that an earlier sweep left alone."""
         self._running = {name: entry for name, entry in self._running.items() if not entry[0].done()}
-        known = _submitted(self.output)
+        known = last_submitted(self.output)
         left = [name for name, ids in known.items() if any(_still_works(pid, self.output) for pid in ids)]
         return dict.fromkeys([*self._running, *left], "running")
 
@@ -184,7 +159,7 @@ class LocalPool:
         with _interrupts_left_to_us():
             handle = executor.submit(command)
         self._running[job.name] = (handle, job, card)
-        _note(self.output, job.name, [handle.job_id])
+        note_submitted(self.output, job.name, [handle.job_id])
 
 
 @contextlib.contextmanager
@@ -246,7 +221,7 @@ class SlurmPool:
         """Return jobs that SLURM still has, also those that an earlier process of ours handed over."""
         known = self._queue()
         found = {}
-        for name, ids in _submitted(self.output).items():
+        for name, ids in last_submitted(self.output).items():
             states = [known[number] for number in ids if number in known]
             if states:
                 found[name] = "running" if "running" in states else "queued"
@@ -255,7 +230,7 @@ class SlurmPool:
     def cancel(self, *, running: bool) -> None:
         """Take back what waits, and with `running` also what runs, at once."""
         known = self._queue()
-        ours = {number for ids in _submitted(self.output).values() for number in ids}
+        ours = {number for ids in last_submitted(self.output).values() for number in ids}
         ids = [number for number, state in known.items() if number in ours and (running or state == "queued")]
         if ids:
             subprocess.run(["scancel", *ids], check=False, capture_output=True)
@@ -280,7 +255,7 @@ class SlurmPool:
                 ids[job.name].append(handle.job_id)
             before = handles[0].job_id.partition("_")[0]
         for name, numbers in ids.items():
-            _note(self.output, name, numbers)
+            note_submitted(self.output, name, numbers)
 
     def _parameters(self, job: Job) -> dict[str, Any]:
         """Return what a job asks SLURM for, in submitit's words."""
@@ -324,14 +299,18 @@ class SlurmPool:
         return known
 
 
-def open_pool(output: Path, settings: LocalSettings | SlurmSettings, hardware: Hardware) -> Pool:
+def open_pool(output: Path, settings: ExecutorSettings, hardware: Hardware) -> Pool:
     """Return the place that a section ``executor`` names.
 
     Raises
     ------
-    ConfigError
+    ConfigError, ResourceError
         When it is not to be had here.
     """
+    if isinstance(settings, DaskSettings):
+        from napari_resfinetune.experiments.dask_pool import DaskPool
+
+        return DaskPool(output, settings)
     if isinstance(settings, SlurmSettings):
         return SlurmPool(output, settings)
     return LocalPool(output, settings, hardware)

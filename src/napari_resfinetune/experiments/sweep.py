@@ -13,9 +13,9 @@ from napari_resfinetune.errors import ConfigError, ResourceError
 from napari_resfinetune.events import StopToken
 from napari_resfinetune.experiments.expand import Expansion, expand
 from napari_resfinetune.experiments.grid import GridConfig, make_grid
-from napari_resfinetune.experiments.jobs import PLAN_FILE, job_folder, write_json
+from napari_resfinetune.experiments.jobs import PLAN_FILE, job_folder, log_files, write_json
 from napari_resfinetune.experiments.manage import JobState, OnChange, run_jobs
-from napari_resfinetune.experiments.pools import log_files, open_pool
+from napari_resfinetune.experiments.pools import open_pool
 from napari_resfinetune.experiments.report import write_report
 from napari_resfinetune.experiments.results import published as published_value
 from napari_resfinetune.planning import probe_hardware
