@@ -76,7 +76,7 @@ def main() -> None:
                 said = isinstance(reported[-1], Failed)
                 all_said = all_said and said
                 at = next((e for e in reversed(reported[:-1]) if hasattr(e, "epoch")), None)
-                where = f"after {type(at).__name__} of epoch {at.epoch + 1}" if at is not None else "at the start"  # type: ignore[attr-defined]
+                where = f"after {type(at).__name__} of epoch {at.epoch + 1}" if at is not None else "at the start"
                 print(f"kill {kills}: {where}; reported: {said}; {str(error)[-60:]}", flush=True)
         same = _weights(calm) == _weights(run) != {}
         print(f"{kills} kills, all reported: {all_said}, all resumed; weights at the end are equal: {same}")

@@ -52,7 +52,7 @@ def make_image(path: Path, side: int, model: str) -> int:
     shape = (side, side, *pattern.shape[2:])
     names = list("yxc"[: len(shape)])
     chunks = (PATTERN_PX, PATTERN_PX, *pattern.shape[2:])
-    array = zarr.create_array(path, shape=shape, chunks=chunks, dtype=pattern.dtype, dimension_names=names)
+    array: Any = zarr.create_array(path, shape=shape, chunks=chunks, dtype=pattern.dtype, dimension_names=names)
     for y in range(0, side, PATTERN_PX):
         for x in range(0, side, PATTERN_PX):
             block = array[y : y + PATTERN_PX, x : x + PATTERN_PX].shape
@@ -67,9 +67,9 @@ def same_objects(whole: np.ndarray, part: np.ndarray, margin: int) -> tuple[int,
     frame[margin:-margin, margin:-margin] = False
     inner = np.setdiff1d(inner, np.append(np.unique(whole[frame]), 0))
     pairs, counts = np.unique(np.stack([whole.ravel(), part.ravel()]), axis=1, return_counts=True)
-    areas = {"whole": np.bincount(whole.ravel()), "part": dict(zip(*np.unique(part, return_counts=True), strict=True))}
+    in_whole, in_part = np.bincount(whole.ravel()), np.bincount(part.ravel())
     equal = sum(
-        int(count == areas["whole"][one] == areas["part"][other])
+        int(count == in_whole[one] == in_part[other])
         for (one, other), count in zip(pairs.T, counts, strict=True)
         if other and np.isin(one, inner)
     )

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    results = []
+    results: list[dict[str, Any]] = []
     if not options.json:
         print("| model | strategy | objects | levers | predicted GB | measured GB | error |", flush=True)
         print("|---|---|---|---|---|---|---|", flush=True)
@@ -90,7 +90,7 @@ def predict(model: str, strategy: str, objects: int, levers: str) -> float:
         model,
         strategy=make_config({"strategy": settings}).strategy,
         targets=chosen.get("targets", "both"),  # type: ignore[arg-type]
-        precision=choose_precision("auto", "cpu", probe_hardware()).name,  # type: ignore[arg-type]
+        precision=choose_precision("auto", "cpu", probe_hardware()).name,
         patch_px=512 * input_px // 1024,
         input_px=input_px,
         objects=objects,

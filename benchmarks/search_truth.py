@@ -89,13 +89,13 @@ def settings(options: argparse.Namespace, steps: int) -> dict[str, Any]:
     }
 
 
-def files(options: argparse.Namespace, modality: str) -> dict[str, list[list[Path]]]:
+def files(options: argparse.Namespace, modality: str) -> dict[str, tuple[list[Path], list[Path]]]:
     """Return images and labels to learn from, and others to be judged on."""
     folder = options.data / modality
     images = sorted((folder / "images").iterdir())
     labels = [next((folder / "labels").glob(f"{path.stem}.*")) for path in images]
     count = min(options.images, len(images) - 1)
-    return {"learn": [images[:count], labels[:count]], "test": [images[count:], labels[count:]]}
+    return {"learn": (images[:count], labels[:count]), "test": (images[count:], labels[count:])}
 
 
 def make_candidates(options: argparse.Namespace) -> list[str]:

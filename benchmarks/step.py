@@ -188,8 +188,8 @@ def run_micro_sam(options: argparse.Namespace) -> tuple[list[float], float]:
     patch = make_patch(options.objects)
     sample = patch.image, torch.cat([patch.labels[None].float(), patch.targets])
     times: list[float] = []
-    training = DataLoader(_Repeated(sample, options.iterations, options.device, times), shuffle=True)
-    validation = DataLoader(_Repeated(sample, 1, options.device))
+    training: Any = DataLoader(_Repeated(sample, options.iterations, options.device, times), shuffle=True)  # type: ignore[arg-type]
+    validation: Any = DataLoader(_Repeated(sample, 1, options.device))  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
         train_sam(
             name="benchmark",
@@ -251,6 +251,7 @@ def make_patch(objects: int, patch_px: int = PATCH_PX) -> Any:
         targets = instance_targets(sample.labels.astype(np.int64), 25)
         if targets is not None and targets[0].max() >= max(objects, 40):
             break
+    assert targets is not None, "a drawing without objects"
     image = sample.image.astype(np.float32) / sample.image.max() * 255
     return Patch(
         torch.from_numpy(image)[None].expand(3, -1, -1).contiguous(),

@@ -45,7 +45,7 @@ def _image(path: Path) -> NDArray[np.uint16]:
     return (np.where(_labels(path) > 0, 3000, 400) + noise).astype(np.uint16)
 
 
-def _tiff(make: Callable[[Path], Any], **options: Any) -> Callable[[Path], None]:
+def _tiff(make: Callable[[Path], Any], **options: Any) -> Callable[[Path], Any]:
     return lambda path: tifffile.imwrite(path, make(path), **{"photometric": "minisblack", **options})
 
 

@@ -36,7 +36,7 @@ from napari_resfinetune.data.patches import PADDING_RGB, Patch, instance_targets
 from napari_resfinetune.data.scaling import apply_scaling, measure_scaling
 from napari_resfinetune.data.sources import open_array
 from napari_resfinetune.data.synthetic import MODALITIES, make_sample
-from napari_resfinetune.models import SamModel, load_model, measure_batch_norm, to_model_input
+from napari_resfinetune.models import load_model, measure_batch_norm, to_model_input
 from napari_resfinetune.models.build import new_model
 from napari_resfinetune.models.instance_decoder import run_instance_decoder
 from napari_resfinetune.planning import choose_precision, pick_device, probe_hardware
@@ -171,7 +171,8 @@ class Pretraining:
         self.model.train()
         began = time.monotonic() - self.seconds
         for images, targets, owners, plan in loader:
-            sums += self._take_step(*(part.to(self.device) for part in (images, targets, owners)), plan)
+            images, targets, owners = (part.to(self.device) for part in (images, targets, owners))
+            sums += self._take_step(images, targets, owners, plan)
             self.step += 1
             self.seconds = time.monotonic() - began
             if self.step % LOG_EVERY == 0:
@@ -223,7 +224,7 @@ class Pretraining:
         for parts in mask_part(self.model, each, plan, input_size, settings):
             (parts[0] + parts[1]).backward()
             sums += torch.stack(parts).detach()
-        if not self.options.masks_only:
+        if not self.options.masks_only and leaf.grad is not None and each.grad is not None:
             embedding.backward(leaf.grad.index_add(0, owners, each.grad))
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         losses = torch.cat([sums, instance.detach()[None]])
@@ -297,7 +298,7 @@ def pack(state: Path, path: Path) -> None:
 
     average = AveragedModel(new_model("vit_t", seed=0))
     average.load_state_dict(torch.load(state, map_location="cpu", weights_only=True)["average"])
-    model: SamModel = average.module
+    model: Any = average.module
     tensors = dict(model.sam.state_dict())
     tensors |= {f"instance_decoder.{name}": value for name, value in model.instance_decoder.state_dict().items()}
     half = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
