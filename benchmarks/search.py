@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", action="store_true", help="print what was measured as JSON instead")
     options = parser.parse_args()
+    if options.images and not options.labels:
+        parser.error("--images: --labels is needed too, since training is measured")
     images: Any = options.images
     labels: Any = options.labels
     if images is None:

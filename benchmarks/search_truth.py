@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    check_settings(options, parser)
     for modality in options.targets:
         if not options.table:
             candidates = make_candidates(options)
@@ -67,6 +68,17 @@ def main() -> None:
             search(options, modality, candidates)
             truth(options, modality, candidates)
         print(table(options.work / modality, options.start))
+
+
+def check_settings(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse to go on in a folder that was begun with other settings."""
+    names = ("start", "learn", "steps", "truth_steps", "patches", "images", "test_patches")
+    asked, path = {name: getattr(options, name) for name in names}, options.work / "options.json"
+    before = read(path) or asked
+    changed = [name for name in names if before.get(name) != asked[name]]
+    if changed and not options.table:
+        parser.error(f"{options.work}: was begun with other {', '.join(changed)}; name another folder")
+    write(path, before)
 
 
 def settings(options: argparse.Namespace, steps: int) -> dict[str, Any]:
@@ -177,7 +189,8 @@ def search(options: argparse.Namespace, modality: str, candidates: list[str]) ->
     config = make_config(settings(options, options.truth_steps), "benchmark")
     for name, share in (("shared", True), ("alone", False)):
         path = options.work / modality / f"search-{name}.json"
-        if path.is_file():
+        before = read(path)
+        if before and {each["model"] for each in (*before["ranked"], *before["left_out"])} == set(candidates):
             continue
         out = options.work / modality / f"search-{name}"
         shutil.rmtree(out, ignore_errors=True)
@@ -193,6 +206,8 @@ def search(options: argparse.Namespace, modality: str, candidates: list[str]) ->
 
 def table(folder: Path, start: str) -> str:
     """Return the comparison as markdown, and write it beside its numbers."""
+    if not (folder / "search-alone.json").is_file():
+        return f"{folder.name}: was not searched yet"
     known = {name: value["sa50"] for name, value in read(folder / "truth.json").items()}
     found = {name: read(folder / f"search-{name}.json") for name in ("shared", "alone")}
     ranked = {each["model"]: each for each in found["shared"]["ranked"] if each["model"] in known}
@@ -208,8 +223,10 @@ def table(folder: Path, start: str) -> str:
         },
         "always the last made": lambda model: float(models.index(model)),
     }
+    missing = [Path(model).name for model in read(folder.parent / "candidates.json") if model not in models]
     lines = [
         f"## {folder.name}: {len(models)} candidates",
+        *([f"without {', '.join(missing)}: not searched or not finetuned yet"] if missing else []),
         "",
         "| rule | Kendall tau | regret in SA50 |",
         "|---|---|---|",

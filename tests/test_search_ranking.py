@@ -54,6 +54,11 @@ def test_what_was_dropped_early_stays_behind_what_was_looked_at_longer():
     assert [each.model for each in ranked] == ["long", "early"]
 
 
+def test_one_patch_in_common_is_too_little_to_be_clearly_behind():
+    ranked = rank({"long": evidence(0.52), "early": evidence(0.51, patches=1)}, GROUPS, WEIGHTS["both"])
+    assert (ranked[1].close, ranked[1].low) == (True, None)
+
+
 def test_one_patch_gives_a_ranking_without_intervals():
     ranked = rank(
         {"a": evidence(0.5, 0, 1), "b": evidence(0.49, 0, 1), "c": evidence(0.1, 0, 1)}, ["x"], {"box_iou": 1}

@@ -71,9 +71,9 @@ def print_suggestions(found: Any) -> None:
         results.print(f"a download would add {', '.join(names)}; name them as candidates")
     words = break_even_in_words(found.ranked)
     if words:
-        results.print(words)
+        results.print(escape(words))
     results.print(f"advice  {escape(found.advice)}")
     if found.report is not None:
-        results.print(f"report  {found.report}")
+        results.print(f"report  {escape(found.report)}")
     if found.features is not None:
-        results.print(f"the features stay: --set resources.feature_cache_dir={found.features}")
+        results.print(f"the features stay: --set resources.feature_cache_dir={escape(found.features)}")

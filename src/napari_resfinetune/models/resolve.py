@@ -25,6 +25,9 @@ from napari_resfinetune.models.weights import load_state
 
 _log = logging.getLogger(__name__)
 
+# Files that may be models.
+MODEL_SUFFIXES = frozenset({".pt", ".pth", ".safetensors", ".ckpt", ".zip"})
+
 
 @dataclass(frozen=True)
 class ModelLocation:
@@ -122,9 +125,7 @@ def _in_run_folder(folder: Path) -> Path:
 
 
 def _looks_like_path(model: str) -> bool:
-    return (
-        "/" in model or "\\" in model or Path(model).suffix.lower() in {".pt", ".pth", ".safetensors", ".ckpt", ".zip"}
-    )
+    return "/" in model or "\\" in model or Path(model).suffix.lower() in MODEL_SUFFIXES
 
 
 def _unknown(model: str) -> str:

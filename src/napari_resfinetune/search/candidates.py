@@ -6,14 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from napari_resfinetune.errors import ModelError, ResFinetuneError
-from napari_resfinetune.models import ModelLocation, is_downloaded, resolve_model
+from napari_resfinetune.errors import ConfigError, ModelError, ResFinetuneError
+from napari_resfinetune.models import ModelLocation, is_downloaded, known_model, resolve_model
 from napari_resfinetune.models.adapter_files import DECODERS, is_adapter
 from napari_resfinetune.models.names import KNOWN_MODELS
+from napari_resfinetune.models.resolve import MODEL_SUFFIXES
 from napari_resfinetune.models.weights import load_safetensors, load_state
-
-# The start model that comes with the package.
-STARTER = "starter"
 
 
 @dataclass(frozen=True)
@@ -107,11 +105,12 @@ def possible_downloads(asked: Sequence[str]) -> tuple[Download, ...]:
 
 def _expand(asked: Sequence[str | Path] | str | Path | None) -> Iterator[str]:
     if asked is None:
-        yield STARTER
         yield from (known.name for known in KNOWN_MODELS if is_downloaded(known.name))
         return
     for item in [asked] if isinstance(asked, str | Path) else asked:
-        inside = list(_models_in(Path(item).expanduser())) if Path(item).expanduser().is_dir() else []
+        folder = Path(item).expanduser()
+        # A known name is that model, as everywhere, also where a folder is called like it.
+        inside = list(_models_in(folder)) if known_model(str(item)) is None and folder.is_dir() else []
         yield from inside or [str(item)]
 
 
@@ -119,8 +118,12 @@ def _models_in(folder: Path) -> Iterator[str]:
     """Go through the models of a folder that is none itself: run folders, adapters, checkpoints."""
     if _is_model(folder):
         return
-    for entry in sorted(folder.iterdir()):
-        if (entry.is_dir() and _is_model(entry)) or (entry.suffix.lower() in (".pt", ".pth") and entry.is_file()):
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"candidates: {folder} cannot be read ({error.strerror}); name another folder") from None
+    for entry in entries:
+        if (entry.is_dir() and _is_model(entry)) or (entry.suffix.lower() in MODEL_SUFFIXES and entry.is_file()):
             yield str(entry)
 
 

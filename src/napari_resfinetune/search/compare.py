@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from napari_resfinetune.errors import ModelError
 from napari_resfinetune.events import Searched
 from napari_resfinetune.models import SamModel, weights_hash
-from napari_resfinetune.search.candidates import Candidate
+from napari_resfinetune.search.candidates import Candidate, LeftOut
 from napari_resfinetune.search.features import hash_units, shared_cuts
 from napari_resfinetune.search.measure import Scored, key_of
 from napari_resfinetune.search.ranking import Standing, rank
@@ -18,6 +18,7 @@ from napari_resfinetune.search.state import Entry, Search
 # twice as many patches with half of the models.
 HALVE_FROM = 8
 LEAST_PATCHES = 4
+UNSEEN = "not looked at: the search was stopped before"
 
 
 def load_all(search: Search, candidates: Sequence[Candidate], *, share: bool) -> None:
@@ -26,7 +27,8 @@ def load_all(search: Search, candidates: Sequence[Candidate], *, share: bool) ->
     by_quarter = len(search.data.groups) == 1
     for candidate in candidates:
         if search.stop.stopped:
-            break
+            search.left_out.append(LeftOut(candidate.model, UNSEEN))
+            continue
         began = time.perf_counter()
         with search.leaving_out(candidate.model):
             model = search.shelf.get(candidate)
@@ -73,6 +75,10 @@ def compare(search: Search, *, halving: bool) -> list[Standing]:
         chosen = [each.model for each in standings]
         if search.stop.stopped:
             break
+    search.compared = not search.stop.stopped
+    for name in [name for name, entry in search.entries.items() if not entry.scored.rows]:
+        search.left_out.append(LeftOut(name, UNSEEN))
+        search.entries.pop(name)
     if not standings and not search.stop.stopped:
         raise ModelError(*(f"{each.model}: {each.reason}" for each in search.left_out))
     return standings
@@ -126,7 +132,8 @@ def _look(search: Search, name: str, patches: int, progress: _Progress) -> None:
                 break
             look(patch, model, embed, search.settings, search.store)
             progress.step(name)
-    search.store.save()
+    with search.going_on(lambda why: search.say(f"scores cannot be kept for a later search ({why})")):
+        search.store.save()
 
 
 def _standings(search: Search) -> list[Standing]:
@@ -134,7 +141,7 @@ def _standings(search: Search) -> list[Standing]:
     evidence = {name: entry.scored.evidence() for name, entry in search.entries.items() if entry.scored.rows}
     for name in evidence:
         search.entries[name].scored.seconds["score"] += (time.perf_counter() - began) / len(evidence)
-    return rank(evidence, [patch.group for patch in search.data.patches], search.weights)
+    return rank(evidence, [patch.image for patch in search.data.patches], search.weights)
 
 
 def _hash(model: SamModel) -> str:

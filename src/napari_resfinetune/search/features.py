@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,14 +32,6 @@ class UnitHashes:
 
 
 @dataclass
-class EncoderCount:
-    """How much was computed: units run on a patch, and those that the cache spared."""
-
-    units: int = 0
-    spared: int = 0
-
-
-@dataclass
 class SharedEncoder:
     """Where embeddings of one search are kept.
 
@@ -53,13 +45,15 @@ class SharedEncoder:
         Most room that the cache takes.
     say
         Told once when nothing more can be kept.
+    units_run
+        How many units were computed for a patch, and not found.
     """
 
     folder: Path
     settings: StepSettings
     max_gb: float
     say: Callable[[str], None]
-    count: EncoderCount = field(default_factory=EncoderCount)
+    units_run: int = 0
 
     def open(self, model: SamModel, cuts: Sequence[int]) -> Callable[[Patch], Tensor]:
         """Return the function that embeds a patch with a model.
@@ -107,9 +101,7 @@ class SharedEncoder:
                 return run_units(units[start:end], tokens)
 
         kept = caches[-1].get(patch.image, compute)
-        self.count.units += computed
-        # What lies before is counted where it was looked for; nobody looked when this was kept.
-        self.count.spared += 0 if computed else end
+        self.units_run += computed
         return kept
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from napari_resfinetune.training.step import StepSettings
 # Tokens of each class that LogME looks at, in all and of one patch.
 TOKENS_PER_CLASS, TOKENS_PER_PATCH = 400, 100
 QUARTERS = 4
-FORMAT = 1
+FORMAT = 2
 Embed = Callable[[Patch], Tensor]
 
 
@@ -69,27 +69,25 @@ class Scored:
         began = time.perf_counter()
         embedding = _numbers(embed(patch.patch), model)
         encoded = time.perf_counter()
-        row = store.get(self.key, patch.key)
-        if row is None:
-            row = score_patch(model, patch.patch, embedding, settings)
-            store.put(self.key, patch.key, row)
+        kept = store.get(self.key, patch.key)
+        row = kept.row if kept is not None else score_patch(model, patch.patch, embedding, settings)
         self._learn_tokens(patch, embedding)
-        self._done(patch, row, encoded - began, time.perf_counter() - encoded)
+        new = Kept(row, encoded - began, time.perf_counter() - encoded)
+        self._done(patch, store.put(self.key, patch.key, kept or new))
 
     def look_unlabelled(
         self, patch: SearchPatch, model: SamModel, embed: Embed, settings: StepSettings, store: ScoreStore
     ) -> None:
         """The same for a patch without labels."""
         began = time.perf_counter()
-        row = store.get(self.key, patch.key)
-        encoded = began
-        if row is None:
+        kept = store.get(self.key, patch.key)
+        if kept is None:
             embedding = _numbers(embed(patch.patch), model)
             changed = _numbers(embed(perturb(patch.patch, patch.patch.number)), model)
             encoded = time.perf_counter()
             row = steadiness(model, patch.patch, embedding, changed, settings)
-            store.put(self.key, patch.key, row)
-        self._done(patch, row, encoded - began, time.perf_counter() - encoded)
+            kept = store.put(self.key, patch.key, Kept(row, encoded - began, time.perf_counter() - encoded))
+        self._done(patch, kept)
 
     def evidence(self) -> Evidence:
         """Add up what is known."""
@@ -103,11 +101,11 @@ class Scored:
                 whole["logme"], whole["logme_share"] = explained_share(*classes)
         return Evidence(sums, whole)
 
-    def _done(self, patch: SearchPatch, row: Mapping[str, tuple[float, float]], encode: float, score: float) -> None:
-        self.rows.append(row)
+    def _done(self, patch: SearchPatch, kept: Kept) -> None:
+        self.rows.append(kept.row)
         self.groups.append(patch.group)
-        self.seconds["encode"] += encode
-        self.seconds["score"] += score
+        self.seconds["encode"] += kept.encode_seconds
+        self.seconds["score"] += kept.score_seconds
 
     def _learn_tokens(self, patch: SearchPatch, embedding: Tensor) -> None:
         side = int(embedding.shape[-1])
@@ -143,6 +141,15 @@ class Scored:
         return tokens[chosen], classes[chosen]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Scores of a model on a patch, and what they took when they were computed."""
+
+    row: Mapping[str, tuple[float, float]]
+    encode_seconds: float
+    score_seconds: float
+
+
 class ScoreStore:
     """Scores of patches that were computed before, in one file, so that a search can go on where it stopped.
 
@@ -159,37 +166,39 @@ class ScoreStore:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._rows: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
+        self._rows: dict[str, dict[str, Kept]] = {}
         if path is None or not path.is_file():
             return
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] == FORMAT:
                 self._rows = {
-                    key: {
-                        patch: {name: (float(a), float(b)) for name, (a, b) in row.items()}
-                        for patch, row in rows.items()
-                    }
-                    for key, rows in content["rows"].items()
+                    key: {patch: _kept(**each) for patch, each in rows.items()} for key, rows in content["rows"].items()
                 }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); delete it, and scores are computed again") from None
 
-    def get(self, key: str, patch: str) -> Mapping[str, tuple[float, float]] | None:
+    def get(self, key: str, patch: str) -> Kept | None:
         """Return the scores of a model on a patch, if they are there."""
         return self._rows.get(key, {}).get(patch)
 
-    def put(self, key: str, patch: str, row: Mapping[str, tuple[float, float]]) -> None:
-        """Remember the scores of a model on a patch."""
-        self._rows.setdefault(key, {})[patch] = dict(row)
+    def put(self, key: str, patch: str, kept: Kept) -> Kept:
+        """Remember the scores of a model on a patch, and return them."""
+        self._rows.setdefault(key, {})[patch] = kept
+        return kept
 
     def save(self) -> None:
         """Write the file, whole or not at all."""
         if self.path is None:
             return
         new = self.path.with_name(f".{self.path.name}.new")
-        new.write_text(json.dumps({"format": FORMAT, "rows": self._rows}), encoding="utf-8")
+        rows = {key: {patch: asdict(kept) for patch, kept in each.items()} for key, each in self._rows.items()}
+        new.write_text(json.dumps({"format": FORMAT, "rows": rows}), encoding="utf-8")
         os.replace(new, self.path)
+
+
+def _kept(row: Mapping[str, tuple[float, float]], encode_seconds: float, score_seconds: float) -> Kept:
+    return Kept({name: (float(a), float(b)) for name, (a, b) in row.items()}, encode_seconds, score_seconds)
 
 
 def key_of(weights: str, settings: StepSettings) -> str:

@@ -6,7 +6,8 @@ So what the image encoder makes of them is found again in the feature cache when
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +36,10 @@ class SearchPatch:
     ----------
     patch
         As training sees it; `labels` and `targets` are empty without labels.
+    image
+        Which image it is from.
     group
-        Which image it is from; the two parts of a single image count as two.
+        What the probe leaves out together: the image, or the part of it where a single one is split.
     held_out
         Whether a training with these settings would not learn from it.
     key
@@ -44,6 +47,7 @@ class SearchPatch:
     """
 
     patch: Patch
+    image: str
     group: str
     held_out: bool
     key: str
@@ -76,8 +80,13 @@ class SearchData:
     notes: tuple[str, ...]
 
     @property
-    def groups(self) -> tuple[str, ...]:
+    def images(self) -> tuple[str, ...]:
         """Images, in the order in which they come."""
+        return tuple(dict.fromkeys(patch.image for patch in self.patches))
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What the probe leaves out one by one."""
         return tuple(dict.fromkeys(patch.group for patch in self.patches))
 
 
@@ -112,10 +121,12 @@ def search_patches(config: FinetuneConfig, images: Any, labels: Any, count: int)
     where: dict[str, Any] = data.model_dump(include={"image_key", "label_key", "axes", "channels"})
     found = find_pairs(images, labels, **where)
     report = check_pairs(found, patch_px=data.patch_px, min_object_px=data.min_object_px)
-    if any(problem.code == "no-objects" for problem in report.errors):
+    only_empty = [problem.code for problem in report.errors] == ["no-objects"]
+    if only_empty and not any(problem.code == "small-objects" for problem in report.warnings):
         return _without_labels(data, images, count, "the labels hold no object")
     report.raise_for_errors()
-    return _with_labels(config, found, images, labels, count)
+    warnings = tuple(str(problem) for problem in report.warnings)
+    return _with_labels(config, found, images, labels, count, warnings)
 
 
 def token_targets(patch: Patch, grid: int) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]]:
@@ -148,21 +159,31 @@ def token_targets(patch: Patch, grid: int) -> tuple[NDArray[np.float32], NDArray
     return targets, classes, pooled[3] > 0.5
 
 
-def _with_labels(config: FinetuneConfig, found: Pairs, images: Any, labels: Any, count: int) -> SearchData:
-    data, training, notes = config.data, config.training, []
+def _with_labels(
+    config: FinetuneConfig, found: Pairs, images: Any, labels: Any, count: int, warnings: tuple[str, ...]
+) -> SearchData:
+    data = config.data
     try:
-        opened = open_data(config, images, labels)
+        chosen, note = _as_training(config, images, labels, count)
     except DataError as error:  # too few objects to hold any out; they can still be looked at
+        if data.validation_images is not None:
+            raise
         regions = whole_regions(found.pairs, [i for i, pair in enumerate(found.pairs) if pair.planes])
-        notes.append(f"{error} (training would refuse these labels)")
         fixed = ValidationPatches(found.pairs, regions, data, scalings=measure_scalings(found.pairs, regions, data))
         chosen = [_held_out(fixed, index, False) for index in _spread(len(fixed), count)]
-        return SearchData(tuple(chosen), True, False, tuple(notes))
-    notes.append(opened.split.note)
+        return SearchData(tuple(chosen), True, False, (f"{error} (training would refuse these labels)", *warnings))
+    return SearchData(tuple(chosen), True, True, (note, *warnings))
+
+
+def _as_training(config: FinetuneConfig, images: Any, labels: Any, count: int) -> tuple[list[SearchPatch], str]:
+    """Return patches that are split as training would split them, and how that is, in words."""
+    data, training = config.data, config.training
+    opened = open_data(config, images, labels)
     scalings = measure_scalings(opened.pairs, opened.split.train + opened.split.validation, data)
     by_region = opened.split.kind == "by region"
     validation = ValidationPatches(opened.pairs, opened.split.validation, data, scalings=scalings)
-    held_out = [_held_out(validation, index, by_region) for index in _spread(len(validation), max(1, count // 2))]
+    spread = _spread(len(validation), max(1, count // 2))
+    held_out = _images_by_turns([_held_out(validation, index, by_region) for index in spread])
     bank = training.patch_bank or training.samples_per_epoch
     drawn = TrainingPatches(
         opened.pairs,
@@ -176,31 +197,35 @@ def _with_labels(config: FinetuneConfig, found: Pairs, images: Any, labels: Any,
     learned = []
     for index in range(min(bank, count - len(held_out))):
         patch, region = drawn.draw_from(index)
-        group = _group(opened.pairs[region.pair].name, region, "learned" if by_region else "")
-        learned.append(_search_patch(patch, group, held_out=False))
-    return SearchData(tuple(_by_turns(learned, held_out)), True, True, tuple(notes))
+        image = _image(opened.pairs[region.pair].name, region)
+        learned.append(_search_patch(patch, image, " (learned)" if by_region else "", held_out=False))
+    return list(_by_turns([learned, held_out])), opened.split.note
 
 
 def _held_out(patches: ValidationPatches, index: int, by_region: bool) -> SearchPatch:
     region = patches.windows[index].region
-    group = _group(patches.pairs[region.pair].name, region, "held out" if by_region else "")
-    return _search_patch(patches[index], group, held_out=True)
+    image = _image(patches.pairs[region.pair].name, region)
+    return _search_patch(patches[index], image, " (held out)" if by_region else "", held_out=True)
 
 
-def _group(name: str, region: Region, part: str) -> str:
-    return f"{region.pair} {name}{f' ({part})' if part else ''}"
+def _image(name: str, region: Region) -> str:
+    return f"{region.pair} {name}"
 
 
-def _search_patch(patch: Patch, group: str, *, held_out: bool) -> SearchPatch:
+def _search_patch(patch: Patch, image: str, part: str = "", *, held_out: bool) -> SearchPatch:
     digest = hashlib.blake2b(patch.image.contiguous().numpy().tobytes(), digest_size=16)
     digest.update(patch.labels.contiguous().numpy().tobytes())
-    return SearchPatch(patch, group, held_out, digest.hexdigest())
+    return SearchPatch(patch, image, image + part, held_out, digest.hexdigest())
 
 
-def _by_turns(first: list[SearchPatch], second: list[SearchPatch]) -> Iterator[SearchPatch]:
-    for index in range(max(len(first), len(second))):
-        yield from first[index : index + 1]
-        yield from second[index : index + 1]
+def _images_by_turns(patches: Sequence[SearchPatch]) -> list[SearchPatch]:
+    images = dict.fromkeys(patch.image for patch in patches)
+    return list(_by_turns([[patch for patch in patches if patch.image == image] for image in images]))
+
+
+def _by_turns(rows: Sequence[Sequence[SearchPatch]]) -> Iterator[SearchPatch]:
+    for turn in itertools.zip_longest(*rows):
+        yield from (patch for patch in turn if patch is not None)
 
 
 def _spread(there: int, wanted: int) -> list[int]:

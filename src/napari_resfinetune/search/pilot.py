@@ -39,19 +39,27 @@ def run_pilots(search: Search, standings: Sequence[Standing], epochs: int) -> li
         With ``scores["pilot"]`` for those that were trained.
     """
     leading = [each for each in standings if each.close or each is standings[0]][:MOST_PILOTS]
-    if not epochs or len(leading) < 2 or search.stop.stopped or not search.data.can_train:
+    if not epochs or search.stop.stopped:
+        return list(standings)
+    if not search.data.can_train:
+        search.say("no short training: these images cannot be trained on as they are")
+        return list(standings)
+    if len(leading) < 2:
+        search.say("no short training: no model is too close to the first to call")
         return list(standings)
     found: dict[str, float] = {}
     for each in leading:
         search.say(f"{each.model}: trained for {epochs} epochs with a frozen image encoder, to settle a close call")
-        with search.leaving_out(each.model):
+        with search.going_on(lambda why, name=each.model: search.say(f"{name}: its short training failed ({why})")):  # type: ignore[misc]
             found[each.model] = _pilot(search, each.model, epochs)
         if search.stop.stopped:
             return list(standings)
+    if len(found) < 2:
+        search.say("fewer than two short trainings came to their end, so they change nothing")
+        return list(standings)
     known = [
         replace(each, close=True, scores={**each.scores, "pilot": found[each.model]}) if each.model in found else each
         for each in standings
-        if each.model in search.entries
     ]
     first = sorted((each for each in known if "pilot" in each.scores), key=lambda each: -each.scores["pilot"])
     rest = [each for each in known if "pilot" not in each.scores]

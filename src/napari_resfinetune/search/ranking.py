@@ -89,7 +89,7 @@ def rank(
     evidence
         By model. The patches of each are the first so many of `groups`.
     groups
-        Which image each patch is from.
+        Which image each patch is from; images are drawn again, or patches where there are few of them.
     weights
         Of the scores, as in `WEIGHTS`. What no model has is left out; what a model lacks counts as 0.
     seed
@@ -97,17 +97,18 @@ def rank(
     """
     there = {name for each in evidence.values() for name in (*_values(each, None), *each.whole)}
     used = {name: weight for name, weight in weights.items() if name in there}
-    drawn = _draws(groups, seed)
+    draws = {each.patches: _draws(groups[: each.patches], seed) for each in evidence.values()}
     ranked = sorted(evidence, key=lambda model: (-evidence[model].patches, -_combined(evidence[model], used, None)[0]))
     standings = []
     for model in ranked:
         each = evidence[model]
         (score,) = _combined(each, used, None)
         low = high = None
+        drawn = draws[each.patches]
         if drawn is not None:
             low, high = np.quantile(_combined(each, used, drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         scores = {name: float(values[0]) for name, values in _values(each, None).items()} | dict(each.whole)
-        close = model != ranked[0] and _is_close(evidence[ranked[0]], each, used, drawn)
+        close = model != ranked[0] and _is_close(evidence[ranked[0]], each, used, groups, seed)
         standings.append(Standing(model, float(score), _plain(low), _plain(high), close, scores))
     return standings
 
@@ -164,10 +165,11 @@ def _combined(evidence: Evidence, weights: Mapping[str, float], drawn: Array | N
     return np.asarray(sum(parts, np.zeros(1 if drawn is None else len(drawn))))
 
 
-def _is_close(first: Evidence, other: Evidence, weights: Mapping[str, float], drawn: Array | None) -> bool:
+def _is_close(first: Evidence, other: Evidence, weights: Mapping[str, float], groups: Sequence[str], seed: int) -> bool:
     """Whether the first is not better in enough draws, on the patches that both were judged on."""
     common = min(first.patches, other.patches)
     a, b = _first_patches(first, common), _first_patches(other, common)
+    drawn = _draws(groups[:common], seed)
     if drawn is None:
         return bool(_combined(a, weights, None)[0] - _combined(b, weights, None)[0] < SMALLEST_DIFFERENCE)
     better = _combined(a, weights, drawn) > _combined(b, weights, drawn)

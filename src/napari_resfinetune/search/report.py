@@ -17,7 +17,15 @@ from napari_resfinetune.evaluation.prompted import prompts_from_labels
 from napari_resfinetune.search.patches import SearchPatch
 from napari_resfinetune.search.results import Suggestion, Suggestions
 from napari_resfinetune.search.state import Search
-from napari_resfinetune.search.zero_shot import automatic, box_prompts, grid_points, point_prompts, prompted_masks
+from napari_resfinetune.search.zero_shot import (
+    MOST_OBJECTS,
+    automatic,
+    box_prompts,
+    grid_points,
+    point_prompts,
+    prompted_masks,
+    some_objects,
+)
 from napari_resfinetune.words import duration
 
 REPORT, PICTURES, TIMES = "report.html", "pictures", "times.png"
@@ -54,7 +62,7 @@ def draw_models(search: Search, ranked: Sequence[Suggestion]) -> dict[str, str]:
     (search.folder / PICTURES).mkdir(exist_ok=True)
     drawn = {}
     for each in ranked[:MOST_PICTURES]:
-        with search.leaving_out(each.model):
+        with search.going_on(lambda why, name=each.model: search.say(f"{name}: no picture ({why})")):  # type: ignore[misc]
             panels = _panels(search, each.model, patch)
             name = f"{PICTURES}/{each.rank:02}.png"
             _draw(search.folder / name, patch, panels)
@@ -107,12 +115,12 @@ def break_even_in_words(ranked: Sequence[Suggestion]) -> str:
     if first is None or first.timing is None:
         return ""
     times = first.timing
-    each = float(np.mean([sum(one.seconds.values()) for one in ranked]))
+    each = times["full"] / times["break_even_models"]
     return (
         f"Training {first.model} in full for {times['epochs']:.0f} epochs takes about {duration(times['full'])}, with "
-        f"a frozen image encoder {duration(times['frozen'])}; searching took {duration(each)} a model. So from about "
-        f"{max(1, round(times['full'] / each))} models on, searching takes longer than training in full, and from "
-        f"{max(1, round(times['frozen'] / each))} on longer than training with a frozen encoder."
+        f"a frozen image encoder {duration(times['frozen'])}; searching took {duration(each)} a model on average. So "
+        f"searching takes longer than training in full from about {max(1, round(times['full'] / each))} models on, and "
+        f"longer than training with a frozen encoder from {max(1, round(times['frozen'] / each))} on."
     )
 
 
@@ -142,7 +150,7 @@ def _panels(search: Search, name: str, patch: SearchPatch) -> dict[str, NDArray[
     panels: dict[str, NDArray[Any]] = {}
     with torch.no_grad():
         if search.data.labelled:
-            prompts = prompts_from_labels(patch.labels)
+            prompts = some_objects(prompts_from_labels(patch.labels), MOST_OBJECTS)
             panels["labels"] = patch.labels
             given, title = box_prompts(prompts), "from boxes of the labels"
         else:

@@ -82,6 +82,8 @@ class Suggestions(Sequence[Suggestion]):
         The feature cache, where one stays: for ``resources.feature_cache_dir`` of the training to come.
     report
         The page with tables and pictures, where there is one.
+    compared
+        Whether every model was looked at as far as was planned; if not, the order means nothing yet.
     """
 
     ranked: tuple[Suggestion, ...]
@@ -93,6 +95,7 @@ class Suggestions(Sequence[Suggestion]):
     seconds: float
     features: Path | None = None
     report: Path | None = None
+    compared: bool = True
 
     @overload
     def __getitem__(self, index: int) -> Suggestion: ...
@@ -108,8 +111,8 @@ class Suggestions(Sequence[Suggestion]):
 
     @property
     def start_from(self) -> str | None:
-        """The model that the advice names; `None` where none was scored."""
-        chosen = start_from(self.ranked)
+        """The model that the advice names; `None` where none was scored, or not all were looked at."""
+        chosen = start_from(self.ranked) if self.compared else None
         return None if chosen is None else chosen.model
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +129,12 @@ class Suggestions(Sequence[Suggestion]):
             "features": None if self.features is None else str(self.features),
             "report": None if self.report is None else str(self.report),
         }
+
+
+STOPPED_ADVICE = (
+    "the search was stopped before every model had seen every patch, so it advises nothing yet; the same search with "
+    "the same output folder goes on from there"
+)
 
 
 def start_from(ranked: Sequence[Suggestion]) -> Suggestion | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.errors import ConfigError
-from napari_resfinetune.events import OnEvent, StopToken
+from napari_resfinetune.events import Message, OnEvent, StopToken
 from napari_resfinetune.planning import probe_hardware, within_limits
 from napari_resfinetune.search.candidates import find_candidates, possible_downloads
 from napari_resfinetune.search.compare import compare, load_all
@@ -21,8 +21,8 @@ from napari_resfinetune.search.measure import ScoreStore
 from napari_resfinetune.search.patches import search_patches
 from napari_resfinetune.search.pilot import run_pilots
 from napari_resfinetune.search.ranking import Standing, uncertainty_in_words
-from napari_resfinetune.search.report import REPORT, draw_models, write_report
-from napari_resfinetune.search.results import Suggestion, Suggestions, advise
+from napari_resfinetune.search.report import draw_models, write_report
+from napari_resfinetune.search.results import STOPPED_ADVICE, Suggestion, Suggestions, advise
 from napari_resfinetune.search.shelf import Shelf
 from napari_resfinetune.search.state import Search
 from napari_resfinetune.search.timing import predict_search, time_finetuning
@@ -108,7 +108,7 @@ def suggest(
         standings = compare(search, halving=options.halving)
         standings = run_pilots(search, standings, options.pilot_epochs)
         ranked = _suggestions(search, standings)
-        if options.timing and search.data.can_train:
+        if options.timing:
             ranked = time_finetuning(search, ranked)
         return _finish(search, ranked, options)
 
@@ -122,8 +122,8 @@ def check_folder(output: Path) -> None:
         With what is there, and what to do.
     """
     check_writable(output)
-    own = (SCORES, FEATURES, RESULT, REPORT)
-    if output.is_dir() and any(output.iterdir()) and not any((output / name).exists() for name in own):
+    is_own = any((output / name).is_file() for name in (SCORES, RESULT)) and not RunFolder(output).config.exists()
+    if output.is_dir() and any(output.iterdir()) and not is_own:
         raise ConfigError(
             f"{output}: already holds files that are not of a search, and nothing is overwritten; choose another "
             "output folder"
@@ -149,7 +149,7 @@ def _prepare(
     )
     folder.mkdir(parents=True, exist_ok=True)
     cache = config.resources.feature_cache_dir or folder / FEATURES
-    said: list[str] = []
+    tell = on_event or (lambda event: None)
     search = Search(
         config=config,
         images=images,
@@ -158,18 +158,19 @@ def _prepare(
         setup=setup,
         settings=settings,
         folder=folder,
-        encoder=SharedEncoder(cache, settings, config.resources.feature_cache_gb, said.append),
+        encoder=SharedEncoder(cache, settings, config.resources.feature_cache_gb, lambda text: tell(Message(text))),
         store=ScoreStore(folder / SCORES),
         shelf=Shelf(SHELF_SHARE * setup.limits.memory_gb, setup.device),
-        tell=on_event or (lambda event: None),
+        tell=tell,
         stop=stop or StopToken(),
         left_out=list(left_out),
     )
-    for text in (*data.notes, *(f"{each.model}: left out ({each.reason})" for each in left_out)):
+    search.store.save()  # marks the folder as one of a search
+    for text in (*setup.notes, *data.notes, *(f"{each.model}: left out ({each.reason})" for each in left_out)):
         search.say(text)
-    seconds = predict_search(config, setup, hardware, found, len(data.patches))
+    found, seconds = predict_search(search, hardware, found)
     search.say(
-        f"{counted(len(found), 'model')} on {len(data.patches)} patches of {counted(len(data.groups), 'image')}: "
+        f"{counted(len(found), 'model')} on {len(data.patches)} patches of {counted(len(data.images), 'image')}: "
         f"about {duration(seconds)} if nothing is shared or kept from before"
     )
     load_all(search, found, share=options.share)
@@ -203,15 +204,19 @@ def _finish(search: Search, ranked: Sequence[Suggestion], options: SearchOptions
     lasting = options.output is not None or search.config.resources.feature_cache_dir is not None
     result = Suggestions(
         ranked=tuple(ranked),
-        advice=advise(ranked, labelled=search.data.labelled),
-        notes=(*search.data.notes, uncertainty_in_words([patch.group for patch in search.data.patches])),
+        advice=advise(ranked, labelled=search.data.labelled) if search.compared else STOPPED_ADVICE,
+        notes=(*search.data.notes, uncertainty_in_words([patch.image for patch in search.data.patches])),
         left_out=tuple(search.left_out),
-        downloads=possible_downloads([each.model for each in ranked]),
+        downloads=possible_downloads([each.model for each in ranked] + [each.model for each in search.left_out]),
         status="stopped" if search.stop.stopped else "finished",
         seconds=time.monotonic() - search.began,
         features=search.encoder.folder if lasting else None,
+        compared=search.compared,
     )
-    if options.output is not None:
+    if options.output is None:
+        return result
+    with search.going_on(lambda why: search.say(f"{options.output}: the result cannot be written there ({why})")):
+        RunFolder(options.output).write_json(RESULT, result.to_dict())  # before the pictures, which may fail
         pictures = {} if search.stop.stopped else draw_models(search, ranked)
         result = write_report(search, result, pictures)
         RunFolder(options.output).write_json(RESULT, result.to_dict())

@@ -21,7 +21,6 @@ class Shelf:
     def __init__(self, room_gb: float, device: str) -> None:
         self.room_gb = room_gb
         self.device = device
-        self.loads = 0
         self._kept: dict[str, SamModel] = {}
 
     def get(self, candidate: Candidate) -> SamModel:
@@ -37,7 +36,6 @@ class Shelf:
             decoder = "required" if candidate.has_decoder else "none"
             model = load_model(candidate.location, decoder=decoder)  # type: ignore[arg-type]
             model.requires_grad_(False)
-            self.loads += 1
             taken_gb = sum(_size_gb(other) for other in self._kept.values())
             if taken_gb + _size_gb(model) <= self.room_gb:
                 self._kept[candidate.model] = model

@@ -73,6 +73,8 @@ class Search:
         Models that are compared, by name.
     left_out
         The others.
+    compared
+        Whether all of them were looked at as far as was planned.
     """
 
     config: FinetuneConfig
@@ -89,6 +91,7 @@ class Search:
     stop: StopToken
     entries: dict[str, Entry] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
+    compared: bool = False
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -107,18 +110,24 @@ class Search:
         return model, self.encoder.open(model, entry.cuts)
 
     @contextlib.contextmanager
-    def leaving_out(self, model: str) -> Iterator[None]:
-        """Go on without a model that turns out to be unusable."""
+    def going_on(self, failed: Callable[[str], None]) -> Iterator[None]:
+        """Tell `failed` in words what went wrong with one thing, and go on with the others."""
         try:
             yield
         except ResFinetuneError as error:
-            self._leave_out(model, "; ".join(error.problems))
+            failed("; ".join(error.problems))
+        except OSError as error:
+            failed(f"{error.filename or 'a file'}: {error.strerror or error}")
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             first, _, _ = str(error).partition("\n")
-            self._leave_out(model, f"out of memory ({first})")
+            failed(f"out of memory ({first})")
             free()
+
+    def leaving_out(self, model: str) -> contextlib.AbstractContextManager[None]:
+        """Go on without a model that turns out to be unusable."""
+        return self.going_on(lambda why: self._leave_out(model, why))
 
     def _leave_out(self, model: str, reason: str) -> None:
         self.left_out.append(LeftOut(model, reason))

@@ -16,17 +16,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from napari_resfinetune.config import FinetuneConfig, FrozenStrategy, FullStrategy
-from napari_resfinetune.errors import ResFinetuneError
+from napari_resfinetune.errors import ResourceError
 from napari_resfinetune.events import Event, Step, StopToken
 from napari_resfinetune.models.encoder import run_units
 from napari_resfinetune.models.preprocess import to_model_input
 from napari_resfinetune.planning import Hardware, Length
-from napari_resfinetune.search.candidates import Candidate
+from napari_resfinetune.search.candidates import Candidate, LeftOut
 from napari_resfinetune.search.pilot import short_training
 from napari_resfinetune.search.results import Suggestion
 from napari_resfinetune.search.state import Search
 from napari_resfinetune.training.planned import plan_run
-from napari_resfinetune.training.prepare import Setup, with_objects
+from napari_resfinetune.training.prepare import with_objects
 from napari_resfinetune.training.session import run_training
 from napari_resfinetune.training.step import autocast, encoder_units_of
 
@@ -52,31 +52,42 @@ class StepTimes:
 
 
 def predict_search(
-    config: FinetuneConfig, setup: Setup, hardware: Hardware, candidates: Sequence[Candidate], patches: int
-) -> float:
-    """Predict the seconds of a search from the operations of the image encoders, before any model is loaded.
+    search: Search, hardware: Hardware, candidates: Sequence[Candidate]
+) -> tuple[tuple[Candidate, ...], float]:
+    """Predict from the operations of the image encoders, before any model is loaded; leave out what is too large.
 
-    Parameters
-    ----------
-    config
-        Of the training to come.
-    setup, hardware
-        The machine.
+    Returns
+    -------
     candidates
-        The models.
-    patches
-        How many each looks at.
+        Without those that this computer could not even train with a frozen image encoder.
+    seconds
+        That the search of these takes.
     """
+    setup, config = search.setup, search.config
     seconds = 0.0
+    fitting: list[Candidate] = []
     frozen = config.model_copy(update={"strategy": FrozenStrategy()})
+    patches = len(search.data.patches)
     # Scoring a patch is like validating on it: decoders forward, once or twice.
     length = Length(epochs=1, steps_per_epoch=0, validation_samples=patches, patches_kept=patches)
-    for architecture in {each.location.architecture for each in candidates}:
+    for architecture in dict.fromkeys(each.location.architecture for each in candidates):
         settled = with_objects(frozen, setup.preset, architecture)
         plan = plan_run(settled, setup, hardware, architecture, length)
-        count = sum(each.location.architecture == architecture for each in candidates)
-        seconds += plan.seconds_first_epoch * count
-    return seconds
+        members = [each for each in candidates if each.location.architecture == architecture]
+        if plan.fits:
+            fitting += members
+            seconds += plan.seconds_first_epoch * len(members)
+            continue
+        why = (
+            f"too large: even with a frozen image encoder it takes {plan.peak_gb:.1f} GB, and {plan.limit_gb:.1f} GB "
+            "may be taken"
+        )
+        for each in members:
+            search.left_out.append(LeftOut(each.model, why))
+            search.say(f"{each.model}: left out ({why})")
+    if not fitting:
+        raise ResourceError(*(f"{each.model}: {each.reason}" for each in search.left_out))
+    return tuple(each for each in candidates if each in fitting), seconds
 
 
 def time_finetuning(search: Search, ranked: Sequence[Suggestion]) -> list[Suggestion]:
@@ -89,34 +100,53 @@ def time_finetuning(search: Search, ranked: Sequence[Suggestion]) -> list[Sugges
     list of Suggestion
         With `timing` filled in; those of an architecture that could not be measured as they were.
     """
+    if not search.data.can_train:
+        search.say("finetuning is not timed: these images cannot be trained on as they are")
+        return list(ranked)
     times: dict[str, StepTimes] = {}
-    timed = []
-    for each in ranked:
-        if each.architecture not in times and not search.stop.stopped:
-            search.say(f"{each.architecture}: measuring {STEPS} steps of training, with a frozen encoder and in full")
-            try:
-                times[each.architecture] = _measure(search, each.model)
-            except ResFinetuneError as error:  # as when training does not fit where a look does
-                search.say(f"{each.architecture}: training cannot be measured ({'; '.join(error.problems)})")
-        known = times.get(each.architecture)
-        timed.append(replace(each, timing=None if known is None else whole_times(search.config, known, each)))
-    return timed
+    for architecture in dict.fromkeys(each.architecture for each in ranked):
+        if search.stop.stopped:
+            break
+        search.say(f"{architecture}: measuring {STEPS} steps of training, with a frozen encoder and in full")
+        model = next(each.model for each in ranked if each.architecture == architecture)
+        # As when training does not fit where a look does.
+        with search.going_on(lambda why, name=architecture: search.say(f"{name}: training cannot be measured ({why})")):  # type: ignore[misc]
+            times[architecture] = _measure(search, model)
+    if search.stop.stopped:
+        return list(ranked)
+    searching = statistics.fmean(sum(each.seconds.values()) for each in ranked) if ranked else 0.0
+    return [
+        replace(each, timing=whole_times(search.config, times[each.architecture], each, searching))
+        if each.architecture in times
+        else each
+        for each in ranked
+    ]
 
 
-def whole_times(config: FinetuneConfig, times: StepTimes, each: Suggestion) -> Mapping[str, float]:
+def whole_times(config: FinetuneConfig, times: StepTimes, each: Suggestion, searching: float) -> Mapping[str, float]:
     """Return what search and finetuning of a model take in all, in seconds.
+
+    Parameters
+    ----------
+    config
+        Of the training to come.
+    times
+        What was measured.
+    each
+        The model.
+    searching
+        What the search took for one model, on average.
 
     Returns
     -------
     dict
         ``encode``, ``frozen_step``, ``full_step`` as measured; ``features``, ``frozen`` and ``full`` for all samples of
         the training to come; ``search`` as it was for this model; ``break_even_models``, full finetuning over the
-        search: from so many such models on, the search takes longer than one full finetuning.
+        average search: from so many models on, the search takes longer than one full finetuning.
     """
     training = config.training
     steps = training.epochs * training.steps_per_epoch
     bank = training.patch_bank or training.samples_per_epoch
-    found = sum(each.seconds.values())
     full = steps * times.full_step
     return {
         "samples": float(bank),
@@ -127,8 +157,8 @@ def whole_times(config: FinetuneConfig, times: StepTimes, each: Suggestion) -> M
         "features": bank * times.encode,
         "frozen": bank * times.encode + steps * times.frozen_step,
         "full": full,
-        "search": found,
-        "break_even_models": full / found,
+        "search": sum(each.seconds.values()),
+        "break_even_models": full / searching,
     }
 
 
@@ -136,7 +166,9 @@ def _measure(search: Search, name: str) -> StepTimes:
     epochs = math.ceil((STEPS + 1) / search.config.training.steps_per_epoch)
     frozen = short_training(search, name, epochs, output_name=".timing")
     full = frozen.model_copy(update={"strategy": FullStrategy()})
-    return StepTimes(_encode(search, name), _step(search, frozen), _step(search, full))
+    encode = _encode(search, name)
+    _step(search, frozen)  # leaves the features of these patches, which the next time finds
+    return StepTimes(encode, _step(search, frozen), _step(search, full))
 
 
 def _encode(search: Search, name: str) -> float:
@@ -154,6 +186,8 @@ def _encode(search: Search, name: str) -> float:
 
 def _step(search: Search, config: FinetuneConfig) -> float:
     """Run a few steps of a training and stop it."""
+    if search.stop.stopped:
+        return 0.0
     output = search.folder / ".timing"
     seconds: list[float] = []
     stop = StopToken()
