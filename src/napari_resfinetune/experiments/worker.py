@@ -21,7 +21,14 @@ from typing import Any
 
 from napari_resfinetune.errors import ResFinetuneError, TrainingError
 from napari_resfinetune.events import EpochEnded, Event, MemoryLever, Message, StopToken
-from napari_resfinetune.experiments.jobs import STOP_FILE, job_folder, read_json, read_result, write_json
+from napari_resfinetune.experiments.jobs import (
+    STOP_FILE,
+    WITH_PARENT,
+    job_folder,
+    read_json,
+    read_result,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +160,8 @@ def command(folder: Path, work: Mapping[str, Any], stop: StopToken) -> dict[str,
         Path(work["replaces"]).unlink(missing_ok=True)
     words = [sys.executable, "-P", "-m", "napari_resfinetune.cli", *work["arguments"]]
     said: list[str] = []
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, **pipes, preexec_fn=WITH_PARENT) as process:
         over = threading.Event()
 
         def forward() -> None:
