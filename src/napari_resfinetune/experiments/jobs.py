@@ -85,10 +85,21 @@ def write_json(path: Path, content: Any) -> None:
     ResourceError
         When it cannot be written.
     """
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all.
+
+    Raises
+    ------
+    ResourceError
+        When it cannot be written.
+    """
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        new.write_text(text, encoding="utf-8")
         os.replace(new, path)
     except OSError as error:
         raise ResourceError(f"{path}: cannot be written ({error.strerror}); free disk space, then go on") from None
