@@ -437,6 +437,12 @@ def test_many_images_go_through_in_chunks_and_a_later_call_goes_on(cells, tmp_pa
     assert pools[1].begun == ["chunk-00002"]
     refused = call(*arguments[:-1], "3", "--output", output, status=2)
     assert "was begun with other chunk" in refused.stderr
+    (tmp_path / "labels").mkdir()
+    shutil.copy(cells / "labels" / "c0.tif", tmp_path / "labels")
+    fewer = ["evaluate", "--images", cells / "images", "--labels", tmp_path / "labels", "--mode", "box", *small]
+    said = call(*fewer, "--output", tmp_path / "fewer", "--json")
+    assert "images/c1.tif, images/c2.tif: no label image, left out" in said.stderr
+    assert json.loads(said.stdout)["done"] == 1
     assert "already holds files" in call(*arguments, "--output", cells / "images", status=2).stderr
 
 

@@ -101,6 +101,8 @@ def run_in_chunks(
             verb, data.images, data.labels, output, arguments, read_executor(executor),
             chunk=chunk, where=where, on_change=watching, stop=stop,
         )  # fmt: skip
+    for line in _notes(result.notes):
+        errors.print(line)
     failed = [job for job in result.jobs if job.state == "failed"]
     for job in failed:
         errors.print(f"[bold red]failed:[/] {escape(job.name)}: {escape(job.note)}")

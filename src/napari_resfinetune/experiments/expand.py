@@ -185,11 +185,13 @@ def expand(grid: GridConfig, *, download: bool = False, hardware: Hardware | Non
         raise ConfigError("images: only one image, so none is left to score on; add images, or set test_images")
     available = len({region.pair for region in data.split.train})
     held_out = len(data.split.validation)
+    notes: list[str] = []
     if test is None:
         scored = len({region.pair for region in data.split.validation})
     else:
         keys: dict[str, Any] = base.data.model_dump(include={"image_key", "label_key", "axes"})
-        scored = len(pairs_to_score(test["images"], test["labels"], **keys).pairs)
+        found = pairs_to_score(test["images"], test["labels"], **keys)
+        scored, notes = len(found.pairs), [str(problem) for problem in found.problems]
     scoring = _Scoring(test, scored, grid.modes)
     chosen, left_out = combinations(grid)
     runs: list[Run] = []
@@ -221,7 +223,7 @@ def expand(grid: GridConfig, *, download: bool = False, hardware: Hardware | Non
         training = config.training.model_copy(update={"objects": plan.work.objects})
         config = config.model_copy(update={"training": training})
         runs.append(Run(combination, config, plan, _job(combination, config, plan, scoring), digest))
-    return Expansion(tuple(runs), _initial(grid, runs, scoring), tuple(left_out), tuple(_notes(grid, runs)))
+    return Expansion(tuple(runs), _initial(grid, runs, scoring), tuple(left_out), (*notes, *_notes(grid, runs)))
 
 
 def _shared_values(grid: GridConfig, download: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:

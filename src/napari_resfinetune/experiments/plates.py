@@ -52,12 +52,15 @@ class PlateResult:
         One line per image (and mode), of all chunks that are done.
     images, done
         Images in all, and in chunks that are done.
+    notes
+        Which images are left out, and why.
     """
 
     jobs: tuple[JobState, ...]
     table: Path
     images: int
     done: int
+    notes: tuple[str, ...] = ()
 
     @property
     def stopped(self) -> bool:
@@ -109,7 +112,7 @@ def run_plate(
     check_writable(output)
     words = _words_for_all(arguments)
     _check_words(verb, words)
-    pairs = _located(verb, images, labels, where or {})
+    pairs, notes = _located(verb, images, labels, where or {})
     hardware = probe_hardware()
     device = pick_device("auto", hardware)[0].partition(":")[0]
     if isinstance(executor, SlurmSettings):
@@ -129,7 +132,7 @@ def run_plate(
         states = run_jobs(output, jobs, pool, stop=stop or StopToken(), on_change=on_change, retry=True)
         done = [name for name in parts if "command" in read_result(output, name)]
         table = _join(verb, output, done)
-    return PlateResult(tuple(states), table, len(pairs), sum(len(parts[name]) for name in done))
+    return PlateResult(tuple(states), table, len(pairs), sum(len(parts[name]) for name in done), notes)
 
 
 def _words_for_all(arguments: Sequence[str]) -> list[str]:
@@ -159,15 +162,18 @@ def _check_words(verb: str, words: Sequence[str]) -> None:
         architecture_of(model)
 
 
-def _located(verb: str, images: Any, labels: Any, where: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Return the path of each image, with that of its labels."""
+def _located(
+    verb: str, images: Any, labels: Any, where: dict[str, Any]
+) -> tuple[Sequence[tuple[str, ...]], tuple[str, ...]]:
+    """Return the path of each image, with that of its labels, and which are left out."""
     if verb == "segment":
         where = {name: value for name, value in where.items() if name != "label_key"}
         sources = find_images(images, **where)
-        return [(str(source.path.absolute()),) for source in sources if source.path is not None]
-    pairs = pairs_to_score(images, labels, **where).pairs
-    paths = [(pair.image.path, pair.labels.path) for pair in pairs]
-    return [(str(i.absolute()), str(j.absolute())) for i, j in paths if i is not None and j is not None]
+        return [(str(source.path.absolute()),) for source in sources if source.path is not None], ()
+    found = pairs_to_score(images, labels, **where)
+    paths = [(pair.image.path, pair.labels.path) for pair in found.pairs]
+    absolute = [(str(i.absolute()), str(j.absolute())) for i, j in paths if i is not None and j is not None]
+    return absolute, tuple(map(str, found.problems))
 
 
 def _digest(pairs: Sequence[tuple[str, ...]]) -> str:
