@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,15 +20,18 @@ from typer.testing import CliRunner
 
 import napari_resfinetune as rf
 from napari_resfinetune.cli.app import app
+from napari_resfinetune.evaluation import MODES
 from napari_resfinetune.events import StopToken
-from napari_resfinetune.experiments import make_grid, plates, worker
+from napari_resfinetune.experiments import make_grid, plates, pools, sweep, worker
 from napari_resfinetune.experiments.datasets import dataset_values
-from napari_resfinetune.experiments.expand import expand
-from napari_resfinetune.experiments.grid import SlurmSettings
-from napari_resfinetune.experiments.jobs import Job, Need, job_folder, read_result, write_json
-from napari_resfinetune.experiments.manage import run_jobs
+from napari_resfinetune.experiments.expand import _notes, expand
+from napari_resfinetune.experiments.figures import MODE_COLOURS
+from napari_resfinetune.experiments.grid import LocalSettings, SlurmSettings
+from napari_resfinetune.experiments.jobs import Job, Need, job_folder, last_submitted, read_result, write_json
+from napari_resfinetune.experiments.manage import run_jobs, working_alone
 from napari_resfinetune.experiments.report import best_epochs, best_setting, write_report
 from napari_resfinetune.experiments.results import published_rows, read_rows
+from napari_resfinetune.planning import probe_hardware
 
 NEED = Need(1.0, 1.0, 60.0, "cpu-8gb", "cpu", 1)
 SMALL = {
@@ -70,10 +76,12 @@ def test_all_that_is_wrong_with_a_grid_is_said_at_once():
 
 
 def test_a_grid_becomes_runs_and_says_what_makes_no_sense(cells, tmp_path):
+    planned = {key: value for key, value in SMALL.items() if key != "training.objects"}
     axes = {
         "strategy": ["full", {"kind": "lora", "rank": 8}, {"kind": "late", "blocks": 99}],
         "preset": ["cpu-8gb", "v100"], "n_images": [1, 2, 5, 2],
-        "exclude": [{"strategy": "lora", "n_images": 2}], "set": [f"{key}={value}" for key, value in SMALL.items()],
+        "exclude": [{"strategy": {"kind": "lora", "rank": 8}, "n_images": 2}, {"model": "none", "seed": [0]}],
+        "set": [f"{key}={value}" for key, value in planned.items()],
     }  # fmt: skip
     found = expand(make_grid(values(cells, tmp_path / "sweep", **axes)))
     names = [run.job.name for run in found.runs]
@@ -90,6 +98,8 @@ def test_a_grid_becomes_runs_and_says_what_makes_no_sense(cells, tmp_path):
     assert "is for cuda" in reasons["v100_start_full_n1_s0"] or names[0] == "v100_start_full_n1_s0"
     config = found.runs[1].config
     assert (config.data.max_images, config.training.samples_per_epoch, config.resources.preset) == (2, 2, "cpu-8gb")
+    assert all(run.config.training.objects == run.plan.work.objects for run in found.runs)
+    assert found.notes == ("exclude: {'model': 'none', 'seed': [0]} matches no combination",)
     assert 0.5 < found.runs[0].plan.peak_gb < 8
     assert found.runs[0].job.need.seconds > 0
     assert not (tmp_path / "sweep").exists()
@@ -172,7 +182,62 @@ def test_a_job_that_is_lost_again_and_again_is_given_up(tmp_path, counted):
 
     states = run_jobs(tmp_path, [Job("a", {"first": {}}, NEED)], Never(tmp_path), stop=StopToken(), look_seconds=0)
     assert states[0].state == "failed"
-    assert "--log a" in states[0].note
+    assert f"its log tells: {tmp_path / 'logs'}" in states[0].note
+
+
+def test_what_is_handed_over_already_is_not_waited_for(tmp_path):
+    class Busy(Here):
+        def alive(self):
+            return {"a": "queued"}
+
+    jobs = [Job("a", {"first": {}}, NEED)]
+    states = run_jobs(tmp_path, jobs, Busy(tmp_path), stop=StopToken(), wait=False, look_seconds=0)
+    assert [state.state for state in states] == ["queued"]
+    with pytest.raises(rf.ConfigError, match="--no-wait"):
+        rf.sweep({"images": "a", "labels": "b", "output": str(tmp_path)}, wait=False)
+
+
+def test_what_an_earlier_call_left_running_takes_room(tmp_path, monkeypatch):
+    pool = pools.LocalPool(tmp_path, LocalSettings(at_once=1), probe_hardware())
+    monkeypatch.setattr(pool, "alive", lambda: {"left": "running"})
+    assert pool.submit([Job("a", {"first": {}}, NEED)]) == []
+
+
+def test_slurm_takes_back_the_steps_before_one_that_was_refused(tmp_path, monkeypatch):
+    class Executor:
+        def __init__(self, folder, **_):
+            pass
+
+        def update_parameters(self, **parameters):
+            self.step = parameters["job_name"]
+
+        def batch(self):
+            return contextlib.nullcontext()
+
+        def submit(self, command):
+            if self.step == "second":
+                raise RuntimeError("sbatch: error: QOSMaxSubmitJobPerUserLimit")
+            return SimpleNamespace(job_id="7_0")
+
+    commands = []
+    monkeypatch.setattr(pools, "SlurmExecutor", Executor)
+    monkeypatch.setattr(pools.subprocess, "run", lambda words, **_: commands.append(words))
+    with pytest.raises(rf.ResourceError, match="QOSMaxSubmitJobPerUserLimit"):
+        pools.SlurmPool(tmp_path, SlurmSettings()).submit([Job("a", {"first": {}, "second": {}}, NEED)])
+    assert commands == [["scancel", "7"]]
+    assert last_submitted(tmp_path) == {"a": ["7_0"]}
+
+
+def test_a_card_that_is_not_asked_for_is_said():
+    run = SimpleNamespace(
+        combination=SimpleNamespace(preset="auto"),
+        config=SimpleNamespace(resources=SimpleNamespace(device="auto")),
+        plan=SimpleNamespace(work=SimpleNamespace(device="cpu")),
+    )
+    for gpus, said in ((None, 1), (1, 0)):
+        executor = {"kind": "slurm", "gpus": gpus}
+        grid = make_grid({"images": "a", "labels": "b", "output": "x", "executor": executor})
+        assert len(list(_notes(grid, [run]))) == said
 
 
 def test_stop_begins_nothing_more(tmp_path, counted):
@@ -182,6 +247,55 @@ def test_stop_begins_nothing_more(tmp_path, counted):
     assert [state.state for state in states] == ["waiting", "waiting"]
     assert list(read_result(tmp_path, "a")) == ["first"]
     assert (tmp_path / "stop").exists()
+
+
+def test_results_of_another_model_file_are_not_taken_over(cells, tmp_path, monkeypatch, counted):
+    monkeypatch.setattr(worker, "STEPS", dict.fromkeys(("train", "evaluate"), worker.STEPS["first"]))
+    monkeypatch.setattr(sweep, "open_pool", lambda output, settings, hardware: Here(output))
+    output = tmp_path / "sweep"
+    grids = []
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(cells / "start.pt", tmp_path / folder)
+        grids.append(values(cells, output, model=str(tmp_path / folder / "start.pt")))
+    for _ in range(2):
+        assert rf.sweep(grids[0]).count("done") == 2
+    with pytest.raises(rf.ConfigError) as caught:
+        rf.sweep(grids[1])
+    assert [problem.partition(": ")[2] for problem in caught.value.problems[:2]] == [
+        "was begun with another model file or other settings"
+    ] * 2
+    with working_alone(output), pytest.raises(rf.ConfigError, match="another call is at work here"):
+        rf.sweep(grids[0])
+    (output / "sweep.yaml").write_text("{")
+    with pytest.raises(rf.ConfigError, match="not valid YAML"):
+        rf.sweep(grids[0])
+
+
+def test_images_to_score_on_without_their_labels_are_refused(cells, tmp_path):
+    labels = tmp_path / "labels"
+    shutil.copytree(cells / "labels", labels)
+    next(labels.iterdir()).rename(labels / "typo.tif")
+    test = {"test_images": str(cells / "images"), "test_labels": str(labels)}
+    with pytest.raises(rf.DataError, match=r"typo.tif: no image of that name"):
+        expand(make_grid(values(cells, tmp_path / "sweep", **test)))
+    (tmp_path / "config.yaml").write_text("model: random:vit_t\nresources: {device: cpu}\n")
+    work = {"config": "config.yaml", "model": "random:vit_t", "modes": ["ais"]}
+    with pytest.raises(rf.DataError, match=r"typo.tif: no image of that name"):
+        worker.evaluate(tmp_path, {**work, "test": {"images": cells / "images", "labels": labels}}, StopToken())
+    # This model has no instance decoder, so there is nothing to score.
+    test = {"images": cells / "images", "labels": cells / "labels"}
+    assert worker.evaluate(tmp_path, {**work, "test": test}, StopToken()) == {"scores": {}, "images": 0}
+
+
+def test_every_mode_has_a_colour():
+    assert set(MODE_COLOURS) == set(MODES)
+
+
+def test_paths_with_brackets_are_printed_whole(tmp_path, monkeypatch):
+    (tmp_path / "sweep.yaml").touch()
+    monkeypatch.setattr(rf.api, "report_sweep", lambda *_, **__: [Path("[red]/runs.csv")])
+    assert call("report", tmp_path).stdout.strip() == str(Path("[red]/runs.csv"))
 
 
 @pytest.mark.slow
@@ -323,7 +437,54 @@ def test_many_images_go_through_in_chunks_and_a_later_call_goes_on(cells, tmp_pa
     assert pools[1].begun == ["chunk-00002"]
     refused = call(*arguments[:-1], "3", "--output", output, status=2)
     assert "was begun with other chunk" in refused.stderr
+    (tmp_path / "labels").mkdir()
+    shutil.copy(cells / "labels" / "c0.tif", tmp_path / "labels")
+    fewer = ["evaluate", "--images", cells / "images", "--labels", tmp_path / "labels", "--mode", "box", *small]
+    said = call(*fewer, "--output", tmp_path / "fewer", "--json")
+    assert "images/c1.tif, images/c2.tif: no label image, left out" in said.stderr
+    assert json.loads(said.stdout)["done"] == 1
     assert "already holds files" in call(*arguments, "--output", cells / "images", status=2).stderr
+
+
+def test_chunks_are_tried_again_and_their_arguments_may_be_mended(cells, tmp_path, monkeypatch):
+    full = [True]
+
+    def step(folder, work, stop):
+        if full:
+            raise rf.ResourceError("disk full")
+        return {"results": []}
+
+    monkeypatch.setattr(worker, "STEPS", {"command": step})
+    monkeypatch.setattr(plates, "open_pool", lambda output, settings, hardware: Here(output))
+    monkeypatch.chdir(cells)
+    output = tmp_path / "plate"
+
+    def run(*words):
+        return plates.run_plate("segment", "images", None, output, words, LocalSettings(), chunk=2)
+
+    for words, error in (
+        (("--mode", "box"), rf.ConfigError),
+        (("--format", "png"), rf.ConfigError),
+        (("--model", "none.pt"), rf.ModelError),
+    ):
+        with pytest.raises(error):
+            run(*words)
+    assert not output.exists()
+    words = ("--model", "start.pt", "--set", "data.images=all", "--set", "data.patch_px=512")
+    assert [job.state for job in run(*words).jobs] == ["failed", "failed"]
+    full.clear()
+    again = run(*words, "--overwrite")
+    assert ([job.state for job in again.jobs], again.done) == (["done", "done"], 3)
+    written = json.loads((output / "jobs" / "chunk-00001" / "job.json").read_text())["command"]["arguments"]
+    assert written[2:7] == ["--model", str(cells / "start.pt"), "--set", "data.patch_px=512", "--overwrite"]
+    with pytest.raises(rf.ConfigError, match="was begun with other arguments"):
+        run(*words)
+    with working_alone(output), pytest.raises(rf.ConfigError, match="another call is at work here"):
+        run(*words, "--overwrite")
+    again.table.unlink()
+    again.table.mkdir()
+    with pytest.raises(rf.ResourceError, match=r"segmented.csv: cannot be used"):
+        run(*words, "--overwrite")
 
 
 def test_data_by_name_is_downloaded_only_on_request(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def doctor(as_json: AsJson = False) -> None:
             print_table({"": "left", " ": "left"}, [[str(k), str(v)] for k, v in section["rows"]], section["title"])
             results.print()
         for advice in report["advice"]:
-            results.print(f"! {advice}")
+            results.print(f"! {escape(advice)}")
 
 
 def check(images: Images = None, labels: Labels = None, set_: Set = None, as_json: AsJson = False) -> None:
@@ -89,7 +89,7 @@ def report(
                 print_json({"files": [str(path) for path in files]})
                 return
             for path in files:
-                results.print(str(path))
+                results.print(escape(path))
             if not files:
                 results.print("no job has given numbers yet")
             return

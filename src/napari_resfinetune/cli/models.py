@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from napari_resfinetune import library
+from napari_resfinetune.cli.options import AsJson
 from napari_resfinetune.cli.output import errors, plain_errors, print_json, print_table, results
 from napari_resfinetune.errors import ConfigError
 
@@ -16,9 +17,6 @@ app = typer.Typer(help="List, name, delete, import and export your models.", no_
 
 Folder = Annotated[Path, typer.Option("--folder", "-f", metavar="FOLDER", help="Folder that your runs are in.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the model, or of its folder.")]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")
-]
 Kind = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="checkpoint, bioimageio or adapter. Default: what the suffix of PATH says."),

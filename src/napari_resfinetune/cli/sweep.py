@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from napari_resfinetune import api
+from napari_resfinetune.cli.options import AsJson
 from napari_resfinetune.cli.output import (
     STOPPED,
     errors,
@@ -51,9 +52,7 @@ def sweep(
     published: Annotated[
         bool, typer.Option("--published", help="Show the values of the published study beside.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train and score every combination of a grid, here or on a cluster.
 
@@ -73,7 +72,7 @@ def sweep(
             plan = describe(found, settings, with_published=published)
             _print_plan(plan, as_json)
             return
-        for line in _left_out(found.left_out):
+        for line in (*_left_out(found.left_out), *_notes(found.notes)):
             errors.print(line)
         with (
             stop_on_interrupt("stopping: what runs is asked to save and end; Ctrl-C again leaves it alone") as (stop),
@@ -102,14 +101,16 @@ def run_in_chunks(
             verb, data.images, data.labels, output, arguments, read_executor(executor),
             chunk=chunk, where=where, on_change=watching, stop=stop,
         )  # fmt: skip
+    for line in _notes(result.notes):
+        errors.print(line)
     failed = [job for job in result.jobs if job.state == "failed"]
     for job in failed:
-        errors.print(f"[bold red]failed:[/] {job.name}: {escape(job.note)}")
+        errors.print(f"[bold red]failed:[/] {escape(job.name)}: {escape(job.note)}")
     if as_json:
         chunks = [{"name": job.name, "state": job.state, "note": job.note} for job in result.jobs]
         print_json({"images": result.images, "done": result.done, "table": str(result.table), "jobs": chunks})
     else:
-        results.print(f"{result.done} of {result.images} images: {result.table}")
+        results.print(f"{result.done} of {result.images} images: {escape(result.table)}")
     if result.stopped:
         errors.print("stopped; give the same command again to go on")
         raise typer.Exit(STOPPED)
@@ -122,15 +123,15 @@ def _end(result: Any, grid: Path, as_json: bool, wait: bool) -> None:
         print_json(result.to_dict())
     for job in result.jobs:
         if job.state == "failed":
-            errors.print(f"[bold red]failed:[/] {job.name}: {escape(job.note)}")
+            errors.print(f"[bold red]failed:[/] {escape(job.name)}: {escape(job.note)}")
     if not as_json:
         left = len(result.jobs) - result.count("done") - result.count("failed")
         results.print(f"{result.count('done')} done, {result.count('failed')} failed, {left} left")
         for path in result.files:
             if path.suffix in (".md", ".png"):
-                results.print(str(path))
+                results.print(escape(path))
     if result.stopped and wait:
-        errors.print(f"stopped; go on with: resfinetune sweep {grid}")
+        errors.print(f"stopped; go on with: resfinetune sweep {escape(grid)}")
         raise typer.Exit(STOPPED)
     if result.count("failed"):
         raise typer.Exit(1)
@@ -159,7 +160,8 @@ def _print_plan(plan: Mapping[str, Any], as_json: bool) -> None:
     rows += [[job["name"], "", "", "", duration(job["seconds"]), "", *([""] if compared else [])]
              for job in plan["initial"]]  # fmt: skip
     print_table(columns, rows)
-    for line in _left_out((each["name"], each["reason"]) for each in plan["left_out"]):
+    left_out = _left_out((each["name"], each["reason"]) for each in plan["left_out"])
+    for line in (*left_out, *_notes(plan["notes"])):
         results.print(line)
     results.print(
         f"{plan['count']} jobs, {len(plan['left_out'])} left out; one after another at most "
@@ -173,7 +175,11 @@ def _left_out(named: Iterable[tuple[str, str]]) -> Iterator[str]:
     for name, reason in named:
         names_of.setdefault(reason, []).append(name)
     for reason, names in names_of.items():
-        yield f"left out: {some(names)}: {escape(reason)}"
+        yield f"left out: {escape(some(names))}: {escape(reason)}"
+
+
+def _notes(notes: Iterable[str]) -> Iterator[str]:
+    return (f"note: {escape(note)}" for note in notes)
 
 
 class _Watching:
@@ -199,7 +205,7 @@ class _Watching:
             return
         for job in states:
             if self._before.get(job.name) != job.state and (job.state != "waiting" or job.name in self._before):
-                errors.print(f"{job.name}: {job.state}{f' ({escape(job.note)})' if job.note else ''}")
+                errors.print(f"{escape(job.name)}: {job.state}{f' ({escape(job.note)})' if job.note else ''}")
             self._before[job.name] = job.state
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from napari_resfinetune.errors import ConfigError, ResourceError
 from napari_resfinetune.experiments.grid import DaskSettings
 from napari_resfinetune.experiments.jobs import (
     STOP_FILE,
+    WITH_PARENT,
     Job,
     last_submitted,
     log_file,
@@ -27,16 +29,22 @@ from napari_resfinetune.experiments.jobs import (
 )
 
 if TYPE_CHECKING:
-    from distributed import Future
+    from distributed import Client, Future
 
 CONNECT_SECONDS = 10
+# The other states, "cancelled" and "lost", say that our connection broke, and nothing of the task.
+OVER = ("finished", "error")
 
 
 def run_logged(words: Sequence[str], out_file: str, err_file: str) -> int:
-    """Run a command on a worker and keep what it writes in files; return its exit status."""
+    """Run a command of Python on a worker, with the worker's own, and add what it writes to files; return its status.
+
+    Dask begins a task again elsewhere when a worker is lost, so the command ends with the worker.
+    """
     Path(out_file).parent.mkdir(parents=True, exist_ok=True)
-    with open(out_file, "wb") as out, open(err_file, "wb") as err:
-        return subprocess.run(words, stdout=out, stderr=err, check=False).returncode
+    command = [sys.executable, *words[1:]]
+    with open(out_file, "ab") as out, open(err_file, "ab") as err:
+        return subprocess.run(command, stdout=out, stderr=err, check=False, preexec_fn=WITH_PARENT).returncode
 
 
 class DaskPool:
@@ -77,7 +85,7 @@ class DaskPool:
 
     def submit(self, jobs: Sequence[Job]) -> list[str]:
         """Hand all jobs over."""
-        with _answers():
+        with _answers(self.client):
             for job in jobs:
                 name = f"resfinetune-{job.name}-{secrets.token_hex(4)}"
                 words = worker_command(self.output, job, steps_left(self.output, job))
@@ -92,47 +100,66 @@ class DaskPool:
     def alive(self) -> dict[str, str]:
         """Return jobs whose task is not over, also those that an earlier process of ours handed over."""
         found = {}
-        with _answers():
+        with _answers(self.client):
             published = set(self.client.list_datasets())
             for job, names in last_submitted(self.output).items():
                 for name in published.intersection(names):
-                    if self._task(name).status == "pending":
-                        found[job] = "running" if self._has_begun(name) else "queued"
-                    else:
+                    task = self._task(name)
+                    if task is not None and task.status in OVER:
+                        self._note_error(name, task)
                         self._forget(name)
+                    else:
+                        found[job] = "running" if self._has_begun(name) else "queued"
         return found
 
     def cancel(self, *, running: bool) -> None:
         """Take back what waits; what runs, `running`, is asked to save and end, since dask cannot end it."""
         if running:
             (self.output / STOP_FILE).touch()
-        with _answers():
+        with _answers(self.client):
             published = set(self.client.list_datasets())
             ours = {name for names in last_submitted(self.output).values() for name in names}
             for name in published & ours:
                 if not self._has_begun(name):
-                    self._task(name).cancel()
+                    task = self._task(name)
+                    if task is not None:
+                        task.cancel()
                     self._forget(name)
 
-    def _task(self, name: str) -> Future:
-        if name not in self._tasks:
-            self._tasks[name] = self.client.get_dataset(name)
+    def _task(self, name: str) -> Future | None:
+        """Return a published task; `None` when another process has just taken it back."""
+        if name not in self._tasks or self._tasks[name].status in ("cancelled", "lost"):
+            task = self.client.get_dataset(name, default=None)
+            if task is None:
+                return None
+            self._tasks[name] = task
         return self._tasks[name]
 
     def _forget(self, name: str) -> None:
         self.client.unpublish_dataset(name)
-        del self._tasks[name]
+        self._tasks.pop(name, None)
+
+    def _note_error(self, name: str, task: Future) -> None:
+        """Add to a job's log why dask could not run it."""
+        if task.status == "error":
+            path = log_file(self.output, name, "err")
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a", encoding="utf-8") as log:
+                    log.write(f"dask: {task.exception()!r}\n")
 
     def _has_begun(self, name: str) -> bool:
         return log_file(self.output, name, "err").exists()
 
 
 @contextlib.contextmanager
-def _answers() -> Iterator[None]:
+def _answers(client: Client) -> Iterator[None]:
     """Say in words that the scheduler is gone."""
     from distributed.comm import CommClosedError
 
     try:
+        if client.status == "closed":
+            raise OSError("the connection was closed")
         yield
     except (CommClosedError, TimeoutError, OSError) as error:
         raise ResourceError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from napari_resfinetune.data.pairs import Pairs, find_pairs
 from napari_resfinetune.errors import ConfigError, DataError
 
 # The study trains on the first ten images, holds one out while training, and scores on the others.
@@ -56,6 +57,21 @@ def dataset_values(name: str, folder: Path, *, download: bool) -> tuple[dict[str
         "label_key": "labels/cells/s0",
     }
     return data, files[COVID_IF_HELD_OUT:]
+
+
+def pairs_to_score(images: Any, labels: Any, **where: Any) -> Pairs:
+    """Find images and their labels as `find_pairs` does, all of which can be used.
+
+    Raises
+    ------
+    DataError
+        When something is wrong with some of them, since fewer would be scored than was meant.
+    """
+    found = find_pairs(images, labels, **where)
+    problems = [str(problem) for problem in found.problems if problem.level == "error"]
+    if problems:
+        raise DataError(*problems)
+    return found
 
 
 def _files(folder: Path) -> list[str]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from napari_resfinetune.config import FinetuneConfig, Strategy, make_config, merge
-from napari_resfinetune.data.pairs import find_pairs
 from napari_resfinetune.errors import ConfigError, ResFinetuneError
 from napari_resfinetune.evaluation import check_modes
-from napari_resfinetune.experiments.datasets import dataset_values
-from napari_resfinetune.experiments.grid import AXES, GridConfig, LocalSettings
+from napari_resfinetune.experiments.datasets import dataset_values, pairs_to_score
+from napari_resfinetune.experiments.grid import AXES, GridConfig, LocalSettings, SlurmSettings
 from napari_resfinetune.experiments.jobs import Job, Need, job_folder
 from napari_resfinetune.models import known_model
 from napari_resfinetune.models.names import RANDOM_PREFIX
@@ -65,12 +66,21 @@ class Combination:
 
 @dataclass(frozen=True)
 class Run:
-    """A combination that will be trained and scored."""
+    """A combination that will be trained and scored.
+
+    Attributes
+    ----------
+    combination, config, plan, job
+        What it is, in words, whole, and in memory and time, and its job.
+    digest
+        Tells it from a run of the same name with other settings or another model.
+    """
 
     combination: Combination
     config: FinetuneConfig
     plan: Plan
     job: Job
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -85,11 +95,14 @@ class Expansion:
         To score start models as they are, each with the settings of one of its runs.
     left_out
         Names and reasons.
+    notes
+        What somebody may have meant otherwise.
     """
 
     runs: tuple[Run, ...]
     initial: tuple[Run, ...]
     left_out: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -172,11 +185,13 @@ def expand(grid: GridConfig, *, download: bool = False, hardware: Hardware | Non
         raise ConfigError("images: only one image, so none is left to score on; add images, or set test_images")
     available = len({region.pair for region in data.split.train})
     held_out = len(data.split.validation)
+    notes: list[str] = []
     if test is None:
         scored = len({region.pair for region in data.split.validation})
     else:
         keys: dict[str, Any] = base.data.model_dump(include={"image_key", "label_key", "axes"})
-        scored = len(find_pairs(test["images"], test["labels"], **keys).pairs)
+        found = pairs_to_score(test["images"], test["labels"], **keys)
+        scored, notes = len(found.pairs), [str(problem) for problem in found.problems]
     scoring = _Scoring(test, scored, grid.modes)
     chosen, left_out = combinations(grid)
     runs: list[Run] = []
@@ -203,8 +218,12 @@ def expand(grid: GridConfig, *, download: bool = False, hardware: Hardware | Non
         if reason is not None:
             left_out.append((combination.name, reason))
             continue
-        runs.append(Run(combination, config, plan, _job(combination, config, plan, scoring)))
-    return Expansion(tuple(runs), _initial(grid, runs, scoring), tuple(left_out))
+        digest = _digest(config)
+        # What a preset allows, and "auto" most of all, would be settled by each run anew: all train alike.
+        training = config.training.model_copy(update={"objects": plan.work.objects})
+        config = config.model_copy(update={"training": training})
+        runs.append(Run(combination, config, plan, _job(combination, config, plan, scoring), digest))
+    return Expansion(tuple(runs), _initial(grid, runs, scoring), tuple(left_out), (*notes, *_notes(grid, runs)))
 
 
 def _shared_values(grid: GridConfig, download: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -301,20 +320,61 @@ def _initial(grid: GridConfig, runs: Sequence[Run], scoring: _Scoring) -> tuple[
         name = _plain(f"initial_{model_name(model)}_s{seed}")
         if name not in found:
             need = _need(run.plan, run.config, START_SECONDS + scoring.seconds(run.plan))
-            found[name] = replace(run, job=Job(name, {"evaluate": scoring.work(run.config.model)}, need))
+            job = Job(name, {"evaluate": scoring.work(run.config.model)}, need)
+            found[name] = replace(run, job=job, digest=_digest(run.config, initial=True))
     return tuple(found.values())
 
 
+def _digest(config: FinetuneConfig, *, initial: bool = False) -> str:
+    """Return what tells runs of the same name from each other.
+
+    Images are not in it, since no folder of a sweep takes others, nor is where it runs.
+    """
+    places = {"images", "labels", "validation_images", "validation_labels"}
+    values = config.model_dump(mode="json", exclude={"output": True, "resources": True, "data": places})
+    if initial:
+        del values["strategy"], values["data"]["max_images"], values["training"]["objects"]
+    path = Path(config.model).expanduser()
+    if known_model(config.model) is None and path.exists():
+        # Of a folder: a checkpoint or an adapter; of a run, its model.
+        files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("model.pt"))
+        values["model"] = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _notes(grid: GridConfig, runs: Sequence[Run]) -> Iterator[str]:
+    every = [Combination(*values) for values in itertools.product(*(getattr(grid, axis) for axis in AXES))]
+    for entry in grid.exclude:
+        if not any(_matches(combination, entry) for combination in every):
+            yield f"exclude: {entry} matches no combination"
+    slurm = grid.executor if isinstance(grid.executor, SlurmSettings) else None
+    if slurm is not None and slurm.request("auto").gpus is None:
+        asked = [run for run in runs if (run.combination.preset, run.config.resources.device) == ("auto", "auto")]
+        if any(run.plan.work.device == "cpu" for run in asked):
+            yield (
+                "preset auto was planned for this computer, which has no card, so no card is asked for; set gpus: 1 in "
+                "the section executor, or name a preset with a card"
+            )
+
+
 def _matches(combination: Combination, entry: Mapping[str, Any]) -> bool:
-    values = {**combination.values(), "model": combination.model}
-    kinds = {"strategy": {combination.strategy.kind, combination.strategy_name}}
-    kinds["model"] = {combination.model, model_name(combination.model)}
-    for axis in AXES:
-        if axis in entry:
-            wanted = entry[axis] if isinstance(entry[axis], list) else [entry[axis]]
-            if not kinds.get(axis, {values[axis]}) & set(wanted):
-                return False
+    for axis in entry:
+        wanted = entry[axis] if isinstance(entry[axis], list) else [entry[axis]]
+        if not any(_is(combination, axis, value) for value in wanted):
+            return False
     return True
+
+
+def _is(combination: Combination, axis: str, wanted: Any) -> bool:
+    """Say whether a combination has a value on an axis, in any of the ways to write it."""
+    if axis == "strategy" and isinstance(wanted, Mapping):
+        found = combination.strategy.model_dump(mode="json")
+        return all(name in found and found[name] == value for name, value in wanted.items())
+    if axis == "strategy":
+        return wanted in (combination.strategy.kind, combination.strategy_name)
+    if axis == "model":
+        return wanted in (combination.model, model_name(combination.model))
+    return bool(wanted == combination.values()[axis])
 
 
 def _short(value: Any) -> str:

@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colours that people with any kind of colour vision tell apart (Okabe and Ito 2008).
-MODE_COLOURS = {"box": "#D55E00", "ais": "#0072B2", "amg": "#009E73", "point": "#CC79A7", "apg": "#E69F00"}
+MODE_COLOURS = {
+    "box": "#D55E00",
+    "iterative_box": "#F0E442",
+    "ais": "#0072B2",
+    "amg": "#009E73",
+    "point": "#CC79A7",
+    "apg": "#E69F00",
+    "iterative_point": "#56B4E9",
+}
 PRESET_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # Line style, marker, and place beside the tick of a strategy, so that their bars do not hide each other.
 STYLES: dict[str, tuple[Any, str, float]] = {
@@ -47,7 +55,7 @@ def draw_scores(stem: Path, rows: Sequence[Row], preset: str) -> list[Path]:
     """
     models = list(dict.fromkeys(row.model for row in rows if row.strategy != INITIAL))
     modes = [mode for mode in MODE_COLOURS if any(mode in row.scores for row in rows)]
-    above, below = [mode for mode in modes if mode == "box"], [mode for mode in modes if mode != "box"]
+    above, below = [mode for mode in modes if "box" in mode], [mode for mode in modes if "box" not in mode]
     groups = [group for group in (above, below) if group]
     ticks = _ticks(rows)
     figure = _figure(len(models), len(groups))

@@ -6,8 +6,11 @@ A job has steps that are done one after another. What each of them needs stands 
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +20,9 @@ from typing import Any
 from napari_resfinetune.errors import ConfigError, ResourceError
 from napari_resfinetune.training.run_folder import RunFolder
 
+# As preexec_fn: the system ends a process with the one that began it, which on Linux alone can be asked for
+# (PR_SET_PDEATHSIG). A job that is begun again elsewhere then has no forerunner that still writes.
+WITH_PARENT = functools.partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL) if sys.platform == "linux" else None
 STOP_FILE = "stop"
 PLAN_FILE = "plan.json"
 
@@ -79,10 +85,21 @@ def write_json(path: Path, content: Any) -> None:
     ResourceError
         When it cannot be written.
     """
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all.
+
+    Raises
+    ------
+    ResourceError
+        When it cannot be written.
+    """
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        new.write_text(text, encoding="utf-8")
         os.replace(new, path)
     except OSError as error:
         raise ResourceError(f"{path}: cannot be written ({error.strerror}); free disk space, then go on") from None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock, Timeout
+
+from napari_resfinetune.errors import ConfigError, ResourceError
 from napari_resfinetune.events import StopToken
 from napari_resfinetune.experiments.jobs import (
     STOP_FILE,
@@ -15,6 +19,7 @@ from napari_resfinetune.experiments.jobs import (
     forget_error,
     has_checkpoint,
     job_folder,
+    log_files,
     read_result,
     steps_left,
     write_json,
@@ -25,6 +30,7 @@ from napari_resfinetune.experiments.worker import read_metrics
 State = Literal["waiting", "queued", "running", "stopped", "failed", "done"]
 # A process that was killed, or a node that was lost, says nothing; its job is begun again so often.
 TRIES = 3
+LOCK_FILE = ".at-work.lock"
 LOOK_SECONDS = 2.0
 
 
@@ -52,6 +58,39 @@ class JobState:
 
 
 OnChange = Callable[[Sequence[JobState]], None]
+
+
+@contextlib.contextmanager
+def working_alone(output: Path) -> Iterator[None]:
+    """Keep other calls from working in a folder, which is made; the system ends this with the process.
+
+    Raises
+    ------
+    ConfigError
+        When another call works there.
+    ResourceError
+        When the folder cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(f"{output}: cannot be made ({error.strerror}); choose another output folder") from None
+    lock = FileLock(output / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"{output}: another call is at work here; wait until it has ended, or stop it") from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether a folder is there and holds anything; what is hidden, such as our lock, does not count."""
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def run_jobs(
@@ -114,15 +153,10 @@ def run_jobs(
         if left and not stopping:
             for name in pool.submit(left):
                 tries[name] = tries.get(name, 0) + 1
-            if not wait:
-                alive = pool.alive()
-                return [_state(output, job, alive, tries.get(job.name, 0)) for job in jobs]
+        if not wait:
+            alive = pool.alive()
+            return [_state(output, job, alive, tries.get(job.name, 0)) for job in jobs]
         _wait(look_seconds, stop if not stopping else None)
-
-
-def look_at(output: Path, jobs: Sequence[Job], alive: dict[str, str]) -> list[JobState]:
-    """Return how far jobs are, without doing anything."""
-    return [_state(output, job, alive, 0) for job in jobs]
 
 
 def _state(output: Path, job: Job, alive: dict[str, str], tries: int) -> JobState:
@@ -136,8 +170,8 @@ def _state(output: Path, job: Job, alive: dict[str, str], tries: int) -> JobStat
     if error:
         return JobState(job.name, "failed", f"{error['step']}: {'; '.join(error['problems'])}", tries)
     if tries >= TRIES:
-        note = f"ended {tries} times without saying why; its log tells: resfinetune sweep GRID.yaml --log {job.name}"
-        return JobState(job.name, "failed", note, tries)
+        logs = ", ".join(str(path) for path in log_files(output, job.name)[-2:]) or output / "logs"
+        return JobState(job.name, "failed", f"ended {tries} times without saying why; its log tells: {logs}", tries)
     begun = has_checkpoint(output, job.name)
     return JobState(job.name, "stopped" if begun else "waiting", _how_far(output, job) if begun else "", tries)
 

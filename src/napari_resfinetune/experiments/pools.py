@@ -117,11 +117,11 @@ class LocalPool:
 
     def submit(self, jobs: Sequence[Job]) -> list[str]:
         """Begin with as many jobs as there is room for; one that is larger than all there is runs alone."""
-        self.alive()
+        left = len(set(self.alive()) - set(self._running))
         begun: list[str] = []
         for job in jobs:
             card = next((c for c in self.cards if c not in self._taken_cards()), None)
-            if not self._fits(job) or (job.need.device == "cuda" and card is None):
+            if not self._fits(job, left) or (job.need.device == "cuda" and card is None):
                 break
             self._begin(job, card if job.need.device == "cuda" else None)
             begun.append(job.name)
@@ -139,14 +139,16 @@ class LocalPool:
         for handle, _, _ in self._running.values() if running else ():
             handle.cancel()
 
-    def _fits(self, job: Job) -> bool:
-        if not self._running:
+    def _fits(self, job: Job, left: int) -> bool:
+        """Say whether there is room beside what runs and what an earlier call left running, whose memory is in use."""
+        busy = len(self._running) + left
+        if not busy:
             return True
         at_once = self.settings.at_once
         if at_once is None:
             at_once = len(self.cards) if job.need.device == "cuda" else self.hardware.physical_cores // THREADS_EACH
         taken = sum(other.need.ram_gb for _, other, _ in self._running.values())
-        return len(self._running) < max(1, at_once) and taken + job.need.ram_gb <= self.room_gb
+        return busy < max(1, at_once) and taken + job.need.ram_gb <= self.room_gb
 
     def _taken_cards(self) -> list[str | None]:
         return [card for _, _, card in self._running.values()]
@@ -250,12 +252,15 @@ class SlurmPool:
                 with executor.batch():
                     handles = [executor.submit(Command(worker_command(self.output, job, [step]))) for job in jobs]
             except Exception as error:  # submitit has several of its own
+                # Earlier steps without this one would be done again when the jobs are handed over anew.
+                if before is not None:
+                    arrays = {number.partition("_")[0] for numbers in ids.values() for number in numbers}
+                    subprocess.run(["scancel", *sorted(arrays)], check=False, capture_output=True)
                 raise ResourceError(f"sbatch refused a job ({_first_line(error)}); see the section executor") from None
             for job, handle in zip(jobs, handles, strict=True):
                 ids[job.name].append(handle.job_id)
+                note_submitted(self.output, job.name, ids[job.name])
             before = handles[0].job_id.partition("_")[0]
-        for name, numbers in ids.items():
-            note_submitted(self.output, name, numbers)
 
     def _parameters(self, job: Job) -> dict[str, Any]:
         """Return what a job asks SLURM for, in submitit's words."""

@@ -8,13 +8,22 @@ from typing import Any
 
 import yaml
 
-from napari_resfinetune.config import write_config
+from napari_resfinetune.config import read_yaml, write_config
 from napari_resfinetune.errors import ConfigError, ResourceError
 from napari_resfinetune.events import StopToken
 from napari_resfinetune.experiments.expand import Expansion, expand
-from napari_resfinetune.experiments.grid import GridConfig, make_grid
-from napari_resfinetune.experiments.jobs import PLAN_FILE, job_folder, log_files, write_json
-from napari_resfinetune.experiments.manage import JobState, OnChange, run_jobs
+from napari_resfinetune.experiments.grid import GridConfig, LocalSettings, make_grid
+from napari_resfinetune.experiments.jobs import (
+    PLAN_FILE,
+    has_checkpoint,
+    job_folder,
+    log_files,
+    read_json,
+    read_result,
+    write_json,
+    write_whole,
+)
+from napari_resfinetune.experiments.manage import JobState, OnChange, holds_files, run_jobs, working_alone
 from napari_resfinetune.experiments.pools import open_pool
 from napari_resfinetune.experiments.report import write_report
 from napari_resfinetune.experiments.results import published as published_value
@@ -97,16 +106,23 @@ def run_sweep(
         Before anything is written wherever possible.
     """
     output = grid.output.absolute()
+    if not wait and isinstance(grid.executor, LocalSettings):
+        raise ConfigError(
+            "--no-wait: on this computer jobs begin one after another, which takes somebody who waits; leave it out"
+        )
     check_folder(output, grid)
     hardware = probe_hardware()
     found = expansion or expand(grid, download=download, hardware=hardware)
     if not found.runs:
         reasons = [f"{name}: {reason}" for name, reason in found.left_out]
         raise ConfigError("nothing is left to run:", *reasons)
+    _check_results(output, found)
     pool = open_pool(output, grid.executor, hardware)
-    _write(output, grid, found)
-    states = run_jobs(output, found.jobs, pool, stop=stop or StopToken(), on_change=on_change, retry=retry, wait=wait)
-    files = write_report(output, with_published=published)
+    with working_alone(output):
+        _write(output, grid, found)
+        stop = stop or StopToken()
+        states = run_jobs(output, found.jobs, pool, stop=stop, on_change=on_change, retry=retry, wait=wait)
+        files = write_report(output, with_published=published)
     stopped = any(state.state in ("waiting", "stopped") for state in states)
     return SweepResult(output, tuple(states), found.left_out, tuple(files), stopped)
 
@@ -122,7 +138,7 @@ def check_folder(output: Path, grid: GridConfig) -> None:
     check_writable(output)
     written = output / GRID_FILE
     if not written.is_file():
-        if output.is_dir() and any(output.iterdir()):
+        if holds_files(output):
             raise ConfigError(f"{output}: already holds files that are no sweep; choose another output folder")
         return
     before = read_sweep(output)
@@ -148,8 +164,7 @@ def read_sweep(output: Path) -> GridConfig:
     path = output / GRID_FILE
     if not path.is_file():
         raise ConfigError(f"{output}: not the folder of a sweep (no {GRID_FILE} in it)")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return make_grid(values, str(path))
+    return make_grid(read_yaml(path), str(path))
 
 
 def read_log(output: Path, name: str) -> str:
@@ -169,12 +184,23 @@ def read_log(output: Path, name: str) -> str:
     return "".join(f"== {file}\n{file.read_text(encoding='utf-8', errors='replace')}" for file in files)
 
 
+def _check_results(output: Path, found: Expansion) -> None:
+    """Refuse to take what another model or other settings gave for what is asked now."""
+    other = []
+    for run in (*found.initial, *found.runs):
+        name = run.job.name
+        begun = bool(read_result(output, name).keys() - {"error"}) or has_checkpoint(output, name)
+        if begun and read_json(job_folder(output, name) / PLAN_FILE).get("digest", run.digest) != run.digest:
+            other.append(f"{job_folder(output, name)}: was begun with another model file or other settings")
+    if other:
+        raise ConfigError(*other, "put those back, choose another output folder, or delete these folders")
+
+
 def _write(output: Path, grid: GridConfig, found: Expansion) -> None:
     """Write the grid, and for every run its configuration and its plan."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(grid.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        (output / GRID_FILE).write_text(text, encoding="utf-8")
+        write_whole(output / GRID_FILE, text)
         for run in (*found.initial, *found.runs):
             folder = job_folder(output, run.job.name)
             folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +208,7 @@ def _write(output: Path, grid: GridConfig, found: Expansion) -> None:
             values = run.combination.values()
             if "train" not in run.job.work:
                 values |= {"strategy": "initial", "n_images": 0}
-            write_json(folder / PLAN_FILE, {"combination": values, "plan": run.plan.to_dict()})
+            write_json(folder / PLAN_FILE, {"combination": values, "plan": run.plan.to_dict(), "digest": run.digest})
     except OSError as error:
         raise ResourceError(f"{output}: cannot be written ({error.strerror}); free disk space") from None
 
@@ -211,6 +237,7 @@ def describe(found: Expansion, grid: GridConfig, *, with_published: bool = False
         "jobs": rows,
         "initial": initial,
         "left_out": [{"name": name, "reason": reason} for name, reason in found.left_out],
+        "notes": list(found.notes),
         "count": len(rows) + len(initial),
         "seconds": sum(row["seconds"] for row in [*rows, *initial]),
         "peak_gb": max((row["peak_gb"] for row in rows), default=0.0),

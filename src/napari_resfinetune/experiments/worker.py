@@ -21,7 +21,14 @@ from typing import Any
 
 from napari_resfinetune.errors import ResFinetuneError, TrainingError
 from napari_resfinetune.events import EpochEnded, Event, MemoryLever, Message, StopToken
-from napari_resfinetune.experiments.jobs import STOP_FILE, job_folder, read_json, read_result, write_json
+from napari_resfinetune.experiments.jobs import (
+    STOP_FILE,
+    WITH_PARENT,
+    job_folder,
+    read_json,
+    read_result,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +110,9 @@ def train(folder: Path, work: Mapping[str, Any], stop: StopToken) -> dict[str, A
 def evaluate(folder: Path, work: Mapping[str, Any], stop: StopToken) -> dict[str, Any]:
     """Score a model, on images to score on or on those that its training held out."""
     from napari_resfinetune.config import read_config
-    from napari_resfinetune.data.pairs import Pairs, find_pairs
+    from napari_resfinetune.data.pairs import Pairs
     from napari_resfinetune.evaluation import evaluate_model
+    from napari_resfinetune.experiments.datasets import pairs_to_score
     from napari_resfinetune.models import load_model, resolve_model
     from napari_resfinetune.planning import choose_precision, device_of, probe_hardware
     from napari_resfinetune.training.prepare import open_data
@@ -114,7 +122,7 @@ def evaluate(folder: Path, work: Mapping[str, Any], stop: StopToken) -> dict[str
     data, hardware = config.data, probe_hardware()
     if work.get("test"):
         where: dict[str, Any] = data.model_dump(include={"image_key", "label_key", "axes", "channels"})
-        pairs = find_pairs(work["test"]["images"], work["test"]["labels"], **where)
+        pairs = pairs_to_score(work["test"]["images"], work["test"]["labels"], **where)
     else:
         opened = open_data(config)
         pairs = Pairs(tuple(opened.pairs[i] for i in sorted({region.pair for region in opened.split.validation})))
@@ -123,6 +131,8 @@ def evaluate(folder: Path, work: Mapping[str, Any], stop: StopToken) -> dict[str
     modes = list(work["modes"])
     if not _has_decoder(location):
         modes = [mode for mode in modes if mode not in ("ais", "apg")]
+    if not modes:
+        return {"scores": {}, "images": 0}
     decoder = "required" if {"ais", "apg"} & set(modes) else "none"
 
     def look(done: int, total: int, name: str) -> None:
@@ -153,7 +163,8 @@ def command(folder: Path, work: Mapping[str, Any], stop: StopToken) -> dict[str,
         Path(work["replaces"]).unlink(missing_ok=True)
     words = [sys.executable, "-P", "-m", "napari_resfinetune.cli", *work["arguments"]]
     said: list[str] = []
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, **pipes, preexec_fn=WITH_PARENT) as process:
         over = threading.Event()
 
         def forward() -> None:
