@@ -172,7 +172,8 @@ def plain(distribution: str) -> str:
 
 def test_every_imported_package_is_a_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["qlora"]]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["qlora"], *extras["dask"]]
     declared = {plain(re.split(r"[\s<>=!~;\[]", text, maxsplit=1)[0]) for text in asked}
     distributions = importlib.metadata.packages_distributions()
     missing = {
