@@ -370,7 +370,42 @@ RUN_CASES = [
         writes=("Lauf 1",),
     ),
 ]
-CASES = DATA_CASES + CONFIG_CASES + RUN_CASES
+SUGGEST = f"suggest {BOTH}"
+GRID = "text: {images: images, labels: labels, output: out, model: 'random:vit_t'"
+MANY_CASES = [
+    Case("suggest: no candidate can be used", f"{SUGGEST} -c no.pt vit_bb", MODEL, "no.pt.*vit_bb.*did you mean"),
+    Case("suggest: no patch", f"{SUGGEST} -c starter --patches 0", BAD_INPUT, "patches: found 0"),
+    Case("suggest: output of another kind", f"{SUGGEST} -c starter -o labels", BAD_INPUT, "not of a search"),
+    Case("sweep: grid not there", "sweep grid.yaml", BAD_INPUT, "grid.yaml: cannot be read"),
+    Case("sweep: key that does not exist", "sweep g.yaml", BAD_INPUT, "seeds", {"g.yaml": f"{GRID}, seeds: [0]}}"}),
+    Case(
+        "sweep: an axis set twice",
+        "sweep g.yaml",
+        BAD_INPUT,
+        "seed",
+        {"g.yaml": f"{GRID}, set: {{training.seed: 1}}}}"},
+    ),
+    Case("sweep: executor of no kind", "sweep g.yaml", BAD_INPUT, "kind", {"g.yaml": f"{GRID}, executor: {{a: 1}}}}"}),
+    Case("sweep: here and without waiting", "sweep g.yaml --no-wait", BAD_INPUT, "--no-wait", {"g.yaml": f"{GRID}}}"}),
+    Case(
+        "segment: executor not there",
+        f"{SEGMENT} -m starter -o o --executor c.yaml",
+        BAD_INPUT,
+        "c.yaml: cannot be read",
+    ),
+    Case(
+        "segment: no dask there",
+        f"{SEGMENT} -m starter -o o --executor tcp://127.0.0.1:9",
+        RESOURCES,
+        "no dask scheduler",
+    ),
+    Case("chunks: unknown mode", f"{SEGMENT} -m starter -o o --executor local --mode aiss", BAD_INPUT, "aiss"),
+    Case("chunks: model not there", f"{EVALUATE} -m no.pt -o o --executor local", MODEL, "no.pt"),
+    Case(
+        "chunks: output with files in it", f"{SEGMENT} -m starter -o labels --executor local", BAD_INPUT, "holds files"
+    ),
+]
+CASES = DATA_CASES + CONFIG_CASES + RUN_CASES + MANY_CASES
 
 
 @dataclass(frozen=True)
