@@ -1,6 +1,9 @@
-"""Numbers as people say them."""
+"""Numbers and names as people say them."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
 
 
 def duration(seconds: float) -> str:
@@ -43,3 +46,13 @@ def gigabytes(value: float) -> str:
 def counted(number: int, noun: str) -> str:
     """Say ``1 image`` or ``3 images``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def short_names(paths: Collection[str]) -> dict[str, str]:
+    """Say for each path the fewest of its last parts that tell all of them apart."""
+    parts = {path: Path(path).parts or (path,) for path in paths}
+    for count in range(1, max(map(len, parts.values()), default=0) + 1):
+        short = {path: str(Path(*those[-count:])) for path, those in parts.items()}
+        if len(set(short.values())) == len(short):
+            return short
+    return {path: path for path in paths}

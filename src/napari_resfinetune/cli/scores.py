@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from napari_resfinetune.cli.output import print_table, results
+from napari_resfinetune.words import short_names
 
 if TYPE_CHECKING:
     from napari_resfinetune.evaluation import Evaluation, ImageScore
@@ -42,10 +43,11 @@ def print_scores(found: Mapping[str, Evaluation]) -> None:
     summaries = {name: evaluation.summary() for name, evaluation in found.items()}
     lines = [(name, mode, of_mode) for name, summary in summaries.items() for mode, of_mode in summary.items()]
     several = {"model": "left"} if len(found) > 1 else {}
+    short = short_names(found)
     first, *others = METRICS
 
     def table(columns: Sequence[str], cells: Callable[[Mapping[str, Any]], Sequence[str]]) -> None:
-        rows = [[*([name] * len(several)), mode, *cells(of_mode)] for name, mode, of_mode in lines]
+        rows = [[*([short[name]] * len(several)), mode, *cells(of_mode)] for name, mode, of_mode in lines]
         print_table({**several, "mode": "left", **dict.fromkeys(columns, "right")}, rows)
 
     results.print("means over images, with the 95 % interval of SA50:")

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from napari_resfinetune.cli.output import errors, escape, print_table, results
 from napari_resfinetune.events import Event, Message, Searched
-from napari_resfinetune.words import duration
+from napari_resfinetune.words import duration, short_names
 
 
 class SearchProgress:
@@ -55,12 +55,13 @@ def print_suggestions(found: Any) -> None:
     columns = {"": "right", "model": "left", "score": "right", "95 %": "right"}
     columns |= {SCORES[name]: "right" for name in names} | {"time": "right"}
     rows = []
+    short = short_names([each.model for each in found])
     for each in found:
         interval = "" if each.low is None else f"{each.low:.2f}-{each.high:.2f}"
         scores = [f"{each.scores[name]:.2f}" if name in each.scores else "" for name in names]
         rank = f"{each.rank}{' ≈' if each.too_close else ''}"
         spent = duration(sum(each.seconds.values()))
-        rows.append([rank, each.model, f"{each.score:.3f}", interval, *scores, spent])
+        rows.append([rank, short[each.model], f"{each.score:.3f}", interval, *scores, spent])
     print_table(columns, rows)
     for note in found.notes:
         results.print(f"note    {escape(note)}")
