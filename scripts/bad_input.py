@@ -391,7 +391,7 @@ MANY_CASES = [
         "segment: executor not there",
         f"{SEGMENT} -m starter -o o --executor c.yaml",
         BAD_INPUT,
-        "c.yaml: cannot be read",
+        "executor: found 'c.yaml'",
     ),
     Case(
         "segment: no dask there",

@@ -72,8 +72,10 @@ def print_json(content: Any) -> None:
 def print_table(columns: Mapping[str, str], rows: list[list[str]], title: str | None = None) -> None:
     """Print a table; `columns` maps names to "left" or "right"."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for name, justify in columns.items():
-        table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
+    for number, (name, justify) in enumerate(columns.items()):
+        # Names may go on in the next line, numbers not.
+        least = max((len(row[number]) for row in rows), default=0) if justify == "right" else None
+        table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     results.print(table)

@@ -10,6 +10,18 @@ from napari_resfinetune.cli.output import errors, escape, print_table, results
 from napari_resfinetune.events import Event, Message, Searched
 from napari_resfinetune.words import duration, short_names
 
+# Column heads of scores: short, since a terminal is narrow; the report has the long ones, and LogME itself.
+SCORES = {
+    "ais_sa50": "AIS",
+    "box_iou": "box",
+    "point_iou": "point",
+    "probe_r2": "probe",
+    "logme_share": "LogME",
+    "ais_steadiness": "AIS",
+    "point_steadiness": "points",
+    "pilot": "pilot",
+}
+
 
 class SearchProgress:
     """Progress bar over patches and models."""
@@ -49,7 +61,7 @@ class SearchProgress:
 
 def print_suggestions(found: Any) -> None:
     """Print the ranking, what it means, and what to do."""
-    from napari_resfinetune.search.report import SCORES, break_even_in_words
+    from napari_resfinetune.search.report import break_even_in_words
 
     names = [name for name in SCORES if any(name in each.scores for each in found)]
     columns = {"": "right", "model": "left", "score": "right", "95 %": "right"}
@@ -63,6 +75,7 @@ def print_suggestions(found: Any) -> None:
         spent = duration(sum(each.seconds.values()))
         rows.append([rank, short[each.model], f"{each.score:.3f}", interval, *scores, spent])
     print_table(columns, rows)
+    results.print(f"advice  {escape(found.advice)}")
     for note in found.notes:
         results.print(f"note    {escape(note)}")
     for each in found.left_out:
@@ -73,7 +86,6 @@ def print_suggestions(found: Any) -> None:
     words = break_even_in_words(found.ranked)
     if words:
         results.print(escape(words))
-    results.print(f"advice  {escape(found.advice)}")
     if found.report is not None:
         results.print(f"report  {escape(found.report)}")
     if found.features is not None:

@@ -110,7 +110,7 @@ def run_in_chunks(
         chunks = [{"name": job.name, "state": job.state, "note": job.note} for job in result.jobs]
         print_json({"images": result.images, "done": result.done, "table": str(result.table), "jobs": chunks})
     else:
-        results.print(f"{result.done} of {result.images} images: {escape(result.table)}")
+        results.print(f"{result.done} of {result.images} images" + (f": {escape(result.table)}" if result.done else ""))
     if result.stopped:
         errors.print("stopped; give the same command again to go on")
         raise typer.Exit(STOPPED)

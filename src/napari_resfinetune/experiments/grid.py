@@ -223,7 +223,14 @@ def read_executor(text: str) -> ExecutorSettings:
 def _executor_of(text: str) -> dict[str, Any]:
     if text == "local":
         return {"kind": "local"}
-    return {"kind": "dask", "scheduler": text} if "://" in text else read_yaml(text)
+    if "://" in text:
+        return {"kind": "dask", "scheduler": text}
+    if not Path(text).exists():
+        raise ConfigError(
+            f"executor: found '{text}'; expected local, the path of a YAML file, or the address of a dask scheduler as "
+            "in tcp://node1:8786"
+        )
+    return read_yaml(text)
 
 
 class _Place(_Frozen):

@@ -360,4 +360,5 @@ def _reason(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].partition(". ")[0].strip() or type(error).__name__
+    said = str(error).partition("\n")[0].partition(". ")[0].strip()
+    return said if any(character.isalpha() for character in said) else type(error).__name__

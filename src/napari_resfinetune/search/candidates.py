@@ -40,6 +40,10 @@ class LeftOut:
     model: str
     reason: str
 
+    def __str__(self) -> str:
+        """Say both, the model once."""
+        return self.reason if self.model in self.reason else f"{self.model}: {self.reason}"
+
     def to_dict(self) -> dict[str, str]:
         """Return plain data."""
         return {"model": self.model, "reason": self.reason}
@@ -88,12 +92,10 @@ def find_candidates(
             location = resolve_model(model)
             found.append(Candidate(model, location, _has_decoder(location)))
         except ResFinetuneError as error:
-            left_out.append(LeftOut(model, "; ".join(error.problems)))
+            left_out.append(LeftOut(model, "; ".join(error.problems).removeprefix(f"{model}: ")))
     if not found:
-        raise ModelError(
-            *(f"{each.model}: {each.reason}" for each in left_out),
-            "give models to compare, as in --candidates vit_b vit_b_lm runs/",
-        )
+        hint = () if left_out else ("give models to compare, as in --candidates vit_b vit_b_lm runs/",)
+        raise ModelError(*map(str, left_out), *hint)
     return tuple(found), tuple(left_out)
 
 

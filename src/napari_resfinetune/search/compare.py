@@ -80,7 +80,7 @@ def compare(search: Search, *, halving: bool) -> list[Standing]:
         search.left_out.append(LeftOut(name, UNSEEN))
         search.entries.pop(name)
     if not standings and not search.stop.stopped:
-        raise ModelError(*(f"{each.model}: {each.reason}" for each in search.left_out))
+        raise ModelError(*map(str, search.left_out))
     return standings
 
 

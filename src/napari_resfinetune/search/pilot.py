@@ -42,7 +42,7 @@ def run_pilots(search: Search, standings: Sequence[Standing], epochs: int) -> li
     if not epochs or search.stop.stopped:
         return list(standings)
     if not search.data.can_train:
-        search.say("no short training: these images cannot be trained on as they are")
+        search.say("no short training: it takes labels of enough objects to train on and to hold out")
         return list(standings)
     if len(leading) < 2:
         search.say("no short training: no model is too close to the first to call")

@@ -160,7 +160,7 @@ def advise(ranked: Sequence[Suggestion], *, labelled: bool) -> str:
         return f"start from {first.model}: of the models that were too close to call it did best in a short training"
     why = "it does best on your images" if labelled else "its results are the steadiest on your images"
     if not close:
-        return f"start from {first.model}: {why}, and the others are clearly behind"
+        return f"start from {first.model}: {why}, and the others are behind"
     names = ", ".join(each.model for each in close[:3]) + (f" and {len(close) - 3} more" if len(close) > 3 else "")
     cannot_tell = f"{names} {'is' if len(close) == 1 else 'are'} too close to call"
     if chosen is not first:

@@ -14,7 +14,7 @@ from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.errors import ConfigError
 from napari_resfinetune.events import Message, OnEvent, StopToken
 from napari_resfinetune.planning import probe_hardware, within_limits
-from napari_resfinetune.search.candidates import find_candidates, possible_downloads
+from napari_resfinetune.search.candidates import Candidate, find_candidates, possible_downloads
 from napari_resfinetune.search.compare import compare, load_all
 from napari_resfinetune.search.features import SharedEncoder
 from napari_resfinetune.search.measure import ScoreStore
@@ -166,6 +166,7 @@ def _prepare(
         left_out=list(left_out),
     )
     search.store.save()  # marks the folder as one of a search
+    _say_what_is_replaced(search, found)
     for text in (*setup.notes, *data.notes, *(f"{each.model}: left out ({each.reason})" for each in left_out)):
         search.say(text)
     found, seconds = predict_search(search, hardware, found)
@@ -175,6 +176,14 @@ def _prepare(
     )
     load_all(search, found, share=options.share)
     return search, within_limits(setup.limits, setup.device, hardware, enforce=False)
+
+
+def _say_what_is_replaced(search: Search, found: Sequence[Candidate]) -> None:
+    before = RunFolder(search.folder).read_json(RESULT) or {}
+    gone = [each["model"] for each in before.get("ranked", ())]
+    gone = [model for model in gone if model not in {each.model for each in found}]
+    if gone:
+        search.say(f"{search.folder}: the ranking there also had {', '.join(gone)}, and is replaced by this one")
 
 
 def _suggestions(search: Search, standings: Sequence[Standing]) -> list[Suggestion]:

@@ -130,6 +130,7 @@ class Search:
         return self.going_on(lambda why: self._leave_out(model, why))
 
     def _leave_out(self, model: str, reason: str) -> None:
+        reason = reason.removeprefix(f"{model}: ")
         self.left_out.append(LeftOut(model, reason))
         self.entries.pop(model, None)
         self.shelf.drop(model)

@@ -86,7 +86,7 @@ def predict_search(
             search.left_out.append(LeftOut(each.model, why))
             search.say(f"{each.model}: left out ({why})")
     if not fitting:
-        raise ResourceError(*(f"{each.model}: {each.reason}" for each in search.left_out))
+        raise ResourceError(*map(str, search.left_out))
     return tuple(each for each in candidates if each in fitting), seconds
 
 
@@ -101,7 +101,7 @@ def time_finetuning(search: Search, ranked: Sequence[Suggestion]) -> list[Sugges
         With `timing` filled in; those of an architecture that could not be measured as they were.
     """
     if not search.data.can_train:
-        search.say("finetuning is not timed: these images cannot be trained on as they are")
+        search.say("finetuning is not timed: it takes labels of enough objects to train on and to hold out")
         return list(ranked)
     times: dict[str, StepTimes] = {}
     for architecture in dict.fromkeys(each.architecture for each in ranked):
