@@ -19,8 +19,8 @@ from napari_resfinetune.search.probe import TARGETS
 Array = NDArray[np.float64]
 # What counts how much, by what shall be trained; docs/search.md says how they were chosen.
 WEIGHTS: Mapping[Targets, Mapping[str, float]] = {
-    "both": {"ais_sa50": 0.4, "probe_r2": 0.25, "box_iou": 0.15, "point_iou": 0.1, "logme_share": 0.1},
-    "instances": {"ais_sa50": 0.5, "probe_r2": 0.35, "logme_share": 0.15},
+    "both": {"ais_sa50": 0.35, "probe_r2": 0.2, "box_iou": 0.15, "point_iou": 0.1, "logme_share": 0.2},
+    "instances": {"ais_sa50": 0.4, "probe_r2": 0.3, "logme_share": 0.3},
     "masks": {"box_iou": 0.35, "point_iou": 0.35, "probe_r2": 0.15, "logme_share": 0.15},
 }
 WEIGHTS_WITHOUT_LABELS: Mapping[str, float] = {"ais_steadiness": 0.5, "point_steadiness": 0.5}
