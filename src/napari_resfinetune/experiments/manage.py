@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
-
-from napari_resfinetune.errors import ConfigError, ResourceError
+from napari_resfinetune.errors import ResourceError
 from napari_resfinetune.events import StopToken
 from napari_resfinetune.experiments.jobs import (
     STOP_FILE,
@@ -26,6 +24,7 @@ from napari_resfinetune.experiments.jobs import (
 )
 from napari_resfinetune.experiments.pools import Pool
 from napari_resfinetune.experiments.worker import read_metrics
+from napari_resfinetune.training.run_folder import holding
 
 State = Literal["waiting", "queued", "running", "stopped", "failed", "done"]
 # A process that was killed, or a node that was lost, says nothing; its job is begun again so often.
@@ -75,17 +74,9 @@ def working_alone(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ResourceError(f"{output}: cannot be made ({error.strerror}); choose another output folder") from None
-    lock = FileLock(output / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"{output}: another call is at work here; wait until it has ended, or stop it") from None
-    except (OSError, NotImplementedError):  # a file system without locks
-        pass
-    try:
+    busy = f"{output}: another call is at work here; wait until it has ended, or stop it"
+    with holding(output / LOCK_FILE, busy):
         yield
-    finally:
-        lock.release()
 
 
 def holds_files(folder: Path) -> bool:

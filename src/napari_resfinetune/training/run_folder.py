@@ -183,22 +183,35 @@ def open_run(path: Path) -> tuple[RunFolder, FinetuneConfig]:
     return run, read_config(run.config)
 
 
+def training_alone(run: RunFolder) -> contextlib.AbstractContextManager[None]:
+    """Keep other processes from training in an existing run folder, as `holding` does."""
+    busy = f"{run.path}: another process is training here; stop it, or wait until it has ended"
+    return holding(run.path / _LOCK, busy, wait_seconds=_LOCK_SECONDS)
+
+
 @contextlib.contextmanager
-def training_alone(run: RunFolder) -> Iterator[None]:
-    """Keep other processes from training in an existing run folder; the system ends this with the process.
+def holding(lock_file: Path, busy: str, *, wait_seconds: float = 0) -> Iterator[None]:
+    """Hold a lock in an existing folder; the system ends this with the process.
+
+    Parameters
+    ----------
+    lock_file
+        Its file.
+    busy
+        What to say when another process holds it.
+    wait_seconds
+        How long to wait for that.
 
     Raises
     ------
     ConfigError
-        When another process trains there.
+        When another process holds it.
     """
-    lock = FileLock(run.path / _LOCK)
+    lock = FileLock(lock_file)
     try:
-        lock.acquire(timeout=_LOCK_SECONDS)
+        lock.acquire(timeout=wait_seconds)
     except Timeout:
-        raise ConfigError(
-            f"{run.path}: another process is training here; stop it, or wait until it has ended"
-        ) from None
+        raise ConfigError(busy) from None
     except (OSError, NotImplementedError):  # a file system without locks, or a folder that can't be written to
         pass
     try:
