@@ -191,7 +191,8 @@ def test_a_preset_is_planned_under_its_own_limit_whatever_is_free_here():
     assert rf.plan(model="random:vit_t", resources=resources, **small).fits is False
 
 
-def test_limits_come_from_what_was_asked_the_preset_and_what_is_free():
+def test_limits_come_from_what_was_asked_the_preset_and_what_is_free(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
     hardware = Hardware("a CPU", 4, 8, 64.0, 30.0)
     ask = make_config({}).resources
     preset = get_preset("cpu-8gb")
@@ -208,6 +209,20 @@ def test_limits_come_from_what_was_asked_the_preset_and_what_is_free():
 def own_calibration(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("RESFINETUNE_CACHEDIR", str(tmp_path))
     return cache_folder() / CALIBRATION
+
+
+def test_threads_that_the_environment_gives_are_a_limit_unless_asked_otherwise(monkeypatch):
+    hardware, preset = Hardware("a CPU", 8, 16, 64.0, 50.0), get_preset("cpu-16gb")
+    ask = make_config({"resources": {"preset": "cpu-16gb", "device": "cpu", "precision": "fp32"}})
+    for said, expected in (("3", 3), ("4,2", 4), ("40", 8), ("0", 8), ("many", 8), ("", 8)):
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert choose_limits(ask.resources, preset, hardware, "cpu").threads == expected
+        noted = any("OMP_NUM_THREADS" in note for note in choose_setup(ask, hardware).notes)
+        assert noted == (expected < 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    asked = make_config({"resources": {**ask.resources.model_dump(), "threads": 6}})
+    setup = choose_setup(asked, hardware)
+    assert setup.limits.threads == 6 and not any("OMP_NUM_THREADS" in note for note in setup.notes)
 
 
 def test_runs_correct_the_next_prediction(own_calibration):

@@ -20,11 +20,14 @@ from napari_resfinetune.errors import ConfigError, DataError, ModelError
 from napari_resfinetune.events import Event, Message, Searched
 from napari_resfinetune.models import load_model, save_model
 from napari_resfinetune.search import SearchOptions, measure, pilot, ranking, report, zero_shot
+from napari_resfinetune.search import run as run_search
 from napari_resfinetune.search.candidates import find_candidates
+from napari_resfinetune.search.compare import count_looks
 from napari_resfinetune.search.features import SharedEncoder, hash_units, shared_cuts
 from napari_resfinetune.search.patches import search_patches
 from napari_resfinetune.search.zero_shot import steadiness
 from napari_resfinetune.training.feature_cache import SUBFOLDER
+from napari_resfinetune.training.run_folder import holding
 from napari_resfinetune.training.step import StepSettings
 from small_runs import SMALL, TRAINING, run
 
@@ -35,7 +38,7 @@ PATCHES = 3
 
 @pytest.fixture(scope="module")
 def models(cells, tmp_path_factory) -> Path:
-    """A folder with a model whose last block is another one, and a file that is no model; without pictures of cells."""
+    """A folder with a model whose neck is another one, and a file that is no model."""
     folder = tmp_path_factory.mktemp("models")
     model = load_model(cells / "start.pt", decoder="required")
     with torch.no_grad():
@@ -49,6 +52,10 @@ def models(cells, tmp_path_factory) -> Path:
 def suggest(cells: Path, models: Any, labels: Any = ..., **options: Any) -> search.Suggestions:
     labels = cells / "labels" if labels is ... else labels
     return rf.suggest_models(cells / "images", labels, candidates=models, **{"patches": PATCHES, **SETTINGS, **options})
+
+
+def found_of(found: search.Suggestions, stem: str) -> search.Suggestion:
+    return next(each for each in found if Path(each.model).stem == stem)
 
 
 def entries(folder: Path) -> int:
@@ -71,7 +78,7 @@ def test_the_command_ranks_models_and_says_what_it_left_out(cells, models, tmp_p
     assert ranked[0]["score"] >= ranked[1]["score"]
     for each in ranked:
         assert {"ais_sa50", "box_iou", "point_iou", "probe_r2", "logme", "logme_share"} <= set(each["scores"])
-        assert 0 <= each["low"] <= each["high"] <= 1
+        assert each["low"] < each["high"]  # else it draws nothing again
     assert "broken.pt: left out" in result.stderr
     assert "vit_b" in result.stderr and "cannot be downloaded" in result.stderr
     whole = json.loads((out / "search.json").read_text())
@@ -282,6 +289,66 @@ def test_a_model_that_is_too_large_is_left_out_with_the_numbers(cells, tmp_path)
     assert "too large" in found.left_out[0].reason and "2.1 GB may be taken" in found.left_out[0].reason
 
 
+def test_of_many_models_the_worse_half_is_dropped_and_the_time_left_comes_true(cells, tmp_path):
+    for number in range(9):
+        model = load_model(cells / "start.pt", decoder="none")
+        with torch.no_grad():
+            for parameter in model.sam.image_encoder.neck.parameters():
+                parameter.mul_(1 - number / 10)
+        save_model(tmp_path / f"{number}.pt", model)
+    events: list[Event] = []
+    training = {**SETTINGS["training"], "samples_per_epoch": 4}
+    found = suggest(cells, tmp_path, patches=8, on_event=events.append, training=training)
+    searched = [event for event in events if isinstance(event, Searched)]
+    rounds = [(9, 4), (5, 8)]
+    assert [each.patches for each in found] == [8] * 5 + [4] * 4
+    assert [event.done for event in searched] == list(range(1, 9 * 4 + 5 * 4 + 1))
+    assert {event.total for event in searched} == {count_looks(rounds)} == {56}
+    assert searched[-1].seconds_left == 0
+    assert all(event.seconds_left > 0 for event in searched[:-1])
+
+
+def test_a_copy_that_was_dropped_early_is_too_close_to_call(cells, monkeypatch):
+    settings = {**SETTINGS, "training": {**SETTINGS["training"], "samples_per_epoch": 8}}
+    data = search_patches(make_config(settings, "test"), cells / "images", cells / "labels", 12)
+    monkeypatch.setattr(measure, "score_patch", lambda *_: {"box_iou": (3.0, 4.0)})
+    scored = {"long": measure.Scored("a"), "early": measure.Scored("b")}
+    for name, count in (("long", 12), ("early", 5)):
+        for patch in data.patches[:count]:
+            # Tokens that say little of the classes, and the less the fewer there are.
+            seed = torch.Generator().manual_seed(int(patch.key[:6], 16))
+            tokens = torch.randn(1, 256, 8, 8, generator=seed) + patch.patch.targets[:1, ::8, ::8]
+            scored[name].look(patch, None, lambda _, tokens=tokens: tokens, STEP, measure.ScoreStore(None))
+    evidence = {name: each.evidence() for name, each in scored.items()}
+    images = [patch.image for patch in data.patches]
+    _, early = ranking.rank(evidence, images, ranking.WEIGHTS["both"], lambda name, n: scored[name].evidence(n))
+    assert early.model == "early" and early.close
+    assert scored["long"].evidence(5).whole == evidence["early"].whole != evidence["long"].whole
+
+
+def test_a_search_with_more_models_keeps_what_is_there_and_says_how_long_the_rest_takes(cells, models, tmp_path):
+    out, events = tmp_path / "out", []
+    suggest(cells, cells / "start.pt", output=out, patches=2)
+    (out / "search.json").write_text('{"ranked": [{}]')  # damaged, but only an output
+    with holding(out / run_search.LOCK, "busy"), pytest.raises(ConfigError, match="another search is at work there"):
+        suggest(cells, cells / "start.pt", output=out, patches=2)
+    found = suggest(cells, [cells / "start.pt", models / "late.pt"], output=out, patches=2, on_event=events.append)
+    assert len(found) == 2
+    left = [event.seconds_left for event in events if isinstance(event, Searched)]
+    # Two patches were found in no time, so nothing is known of the pace yet; then one of two is left.
+    assert left[0] == left[1] > 0 and left[3] == 0
+    assert left[2] == pytest.approx(
+        sum(found_of(found, "late").seconds[part] for part in ("encode", "score")) / 2, rel=1
+    )
+
+
+def test_models_that_learned_from_these_images_are_named(cells, tmp_path):
+    run(cells, tmp_path / "own", training={"epochs": 1, "samples_per_epoch": 2})
+    found = suggest(cells, [cells / "start.pt", tmp_path / "own"])
+    (note,) = (note for note in found.notes if "trained on images of the same names" in note)
+    assert note.startswith(f"{tmp_path / 'own'}: ")
+
+
 def test_a_pilot_settles_a_close_call_and_times_stand_beside_those_of_finetuning(cells, models, tmp_path, monkeypatch):
     monkeypatch.setattr(ranking, "_is_close", lambda *_: True)
     both = [cells / "start.pt", models / "late.pt"]
@@ -300,7 +367,7 @@ def test_a_pilot_settles_a_close_call_and_times_stand_beside_those_of_finetuning
         assert min(times.values()) > 0
     assert (tmp_path / "out" / "times.png").is_file()
     assert "searching takes longer than training" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    left = {path.name for path in (tmp_path / "out").iterdir()}
+    left = {path.name for path in (tmp_path / "out").iterdir() if path.name != run_search.LOCK}
     assert left == {"features", "pictures", "report.html", "scores.json", "search.json", "times.png"}
 
 

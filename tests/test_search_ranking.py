@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 
+from napari_resfinetune.search import ranking
 from napari_resfinetune.search.compare import plan_rounds
 from napari_resfinetune.search.features import UnitHashes, shared_cuts
-from napari_resfinetune.search.ranking import WEIGHTS, Evidence, rank, uncertainty_in_words
+from napari_resfinetune.search.ranking import WEIGHTS, Evidence, Standing, uncertainty_in_words
 from napari_resfinetune.search.results import Suggestion, advise
 from napari_resfinetune.search.zero_shot import agreement
 
@@ -23,12 +25,21 @@ def evidence(sa50: float, spread: float = 0.05, patches: int = 12, seed: int = 0
     return Evidence({"ais_sa50": rows, "box_iou": rows}, whole)
 
 
+def rank(found: dict[str, Evidence], groups: list[str], weights: Mapping[str, float]) -> list[Standing]:
+    def earlier(model: str, patches: int) -> Evidence:
+        return Evidence({name: rows[:patches] for name, rows in found[model].sums.items()}, found[model].whole)
+
+    return ranking.rank(found, groups, weights, earlier)
+
+
 def test_better_models_come_first_with_intervals_around_their_scores():
     ranked = rank({"worse": evidence(0.3), "better": evidence(0.8, seed=1)}, GROUPS, WEIGHTS["both"])
     assert [each.model for each in ranked] == ["better", "worse"]
     for each, expected in zip(ranked, (0.8, 0.3), strict=True):
         assert each.low < each.score < each.high
-        assert each.score == pytest.approx(expected, abs=0.05)
+        # What nobody has, as the probe here, counts as 0; so a score does not depend on who else is there.
+        share = WEIGHTS["both"]["ais_sa50"] + WEIGHTS["both"]["box_iou"]
+        assert each.score == pytest.approx(share * expected, abs=0.05)
         assert each.scores["ais_sa50"] == pytest.approx(expected, abs=0.05)
     assert not ranked[1].close
 
@@ -41,17 +52,26 @@ def test_models_that_differ_less_than_images_do_are_too_close_to_call():
     assert not rank(steady, GROUPS, WEIGHTS["both"])[1].close
 
 
-def test_a_missing_decoder_counts_as_zero_and_what_nobody_has_is_left_out():
+def test_a_missing_decoder_counts_as_zero_whoever_else_is_there():
     without = Evidence({"box_iou": evidence(0.9).sums["box_iou"]}, {})
     ranked = rank({"without": without, "with": evidence(0.6)}, GROUPS, WEIGHTS["both"])
     assert [each.model for each in ranked] == ["with", "without"]
     (alone,) = rank({"without": without}, GROUPS, WEIGHTS["both"])
-    assert alone.score == pytest.approx(alone.scores["box_iou"])
+    assert alone.score == ranked[1].score == pytest.approx(WEIGHTS["both"]["box_iou"] * alone.scores["box_iou"])
 
 
 def test_what_was_dropped_early_stays_behind_what_was_looked_at_longer():
     ranked = rank({"early": evidence(0.9, patches=4), "long": evidence(0.5)}, GROUPS, WEIGHTS["both"])
     assert [each.model for each in ranked] == ["long", "early"]
+
+
+def test_who_was_dropped_is_compared_with_what_was_known_of_the_first_one_then():
+    # LogME of all patches says more than that of a few; it is no reason to call the other one clearly behind.
+    found = {"long": evidence(0.5, 0.3, logme_share=0.7), "early": evidence(0.5, 0.3, patches=6, logme_share=0.1)}
+    then = {"same": evidence(0.5, 0.3, patches=6, logme_share=0.1), "better": evidence(0.9, patches=6, logme_share=0.1)}
+    for name, close in (("same", True), ("better", False)):
+        ranked = ranking.rank(found, GROUPS, WEIGHTS["both"], lambda *_, name=name: then[name])
+        assert [(each.model, each.close) for each in ranked] == [("long", False), ("early", close)]
 
 
 def test_one_patch_in_common_is_too_little_to_be_clearly_behind():

@@ -232,7 +232,9 @@ class ResourcesConfig(_Frozen):
         None, description="most memory that training may take on the card; the preset's if unset"
     )
     threads: PositiveInt | None = Field(
-        None, description="CPU threads that training may take; the preset's cores, as far as there are any, if unset"
+        None,
+        description="CPU threads that training may take; if unset the preset's cores, as far as there "
+        "are any, and no more than OMP_NUM_THREADS",
     )
     nice: int = Field(
         5,

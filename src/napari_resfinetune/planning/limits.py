@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -92,9 +93,20 @@ def choose_limits(resources: ResourcesConfig, preset: Preset, hardware: Hardware
             gpu_reason = f"{card.memory_free_gb:.1f} GB are free on {card.name}"
             gpu_gb = card.memory_free_gb
         reason = gpu_reason
-    cores = hardware.physical_cores
-    threads = resources.threads if resources.threads is not None else max(1, min(preset.cores, cores))
+    threads = resources.threads or cores_allowed(preset, hardware, threads_of_environment())
     return Limits(memory_gb, gpu_gb, threads, resources.nice, reason)
+
+
+def cores_allowed(preset: Preset, hardware: Hardware, most: int | None = None) -> int:
+    """Return how many of the preset's cores there are, at most so many."""
+    return max(1, min(preset.cores, hardware.physical_cores, most or preset.cores))
+
+
+def threads_of_environment() -> int | None:
+    """Return the threads that OMP_NUM_THREADS gives to every numerical library, if it is set."""
+    # A list of them is for nested levels, of which there is one here.
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isascii() and first.isdecimal() and int(first) > 0 else None
 
 
 @contextlib.contextmanager

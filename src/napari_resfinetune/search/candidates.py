@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from napari_resfinetune.errors import ConfigError, ModelError, ResFinetuneError
+from napari_resfinetune.errors import ModelError, ResFinetuneError
 from napari_resfinetune.models import ModelLocation, is_downloaded, known_model, resolve_model
-from napari_resfinetune.models.adapter_files import DECODERS, is_adapter
+from napari_resfinetune.models.adapter_files import is_adapter
 from napari_resfinetune.models.names import KNOWN_MODELS
 from napari_resfinetune.models.resolve import MODEL_SUFFIXES
-from napari_resfinetune.models.weights import load_safetensors, load_state
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,10 @@ class Candidate:
         As it was asked for, so what to give as ``model``.
     location
         Its files.
-    has_decoder
-        Whether it brings an instance decoder.
     """
 
     model: str
     location: ModelLocation
-    has_decoder: bool
 
 
 @dataclass(frozen=True)
@@ -85,12 +81,17 @@ def find_candidates(
     ModelError
         When none can be opened, with the reason for each.
     """
+    models: dict[str, None] = {}
     found: list[Candidate] = []
     left_out: list[LeftOut] = []
-    for model in dict.fromkeys(_expand(asked)):
+    for item in _items(asked):
         try:
-            location = resolve_model(model)
-            found.append(Candidate(model, location, _has_decoder(location)))
+            models |= dict.fromkeys(_expand(item))
+        except OSError as error:
+            left_out.append(LeftOut(item, f"cannot be read ({error.strerror}); name another folder"))
+    for model in models:
+        try:
+            found.append(Candidate(model, resolve_model(model)))
         except ResFinetuneError as error:
             left_out.append(LeftOut(model, "; ".join(error.problems).removeprefix(f"{model}: ")))
     if not found:
@@ -105,38 +106,26 @@ def possible_downloads(asked: Sequence[str]) -> tuple[Download, ...]:
     return tuple(Download(m.name, m.size_mb, m.advice) for m in sorted(missing, key=lambda m: m.size_mb))
 
 
-def _expand(asked: Sequence[str | Path] | str | Path | None) -> Iterator[str]:
+def _items(asked: Sequence[str | Path] | str | Path | None) -> list[str]:
     if asked is None:
-        yield from (known.name for known in KNOWN_MODELS if is_downloaded(known.name))
-        return
-    for item in [asked] if isinstance(asked, str | Path) else asked:
-        folder = Path(item).expanduser()
-        # A known name is that model, as everywhere, also where a folder is called like it.
-        inside = list(_models_in(folder)) if known_model(str(item)) is None and folder.is_dir() else []
-        yield from inside or [str(item)]
+        return [known.name for known in KNOWN_MODELS if is_downloaded(known.name)]
+    return [str(asked)] if isinstance(asked, str | Path) else [str(item) for item in asked]
 
 
-def _models_in(folder: Path) -> Iterator[str]:
-    """Go through the models of a folder that is none itself: run folders, adapters, checkpoints."""
-    if _is_model(folder):
-        return
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        raise ConfigError(f"candidates: {folder} cannot be read ({error.strerror}); name another folder") from None
-    for entry in entries:
-        if (entry.is_dir() and _is_model(entry)) or (entry.suffix.lower() in MODEL_SUFFIXES and entry.is_file()):
-            yield str(entry)
+def _expand(item: str) -> list[str]:
+    """Return the models of a folder that is none itself, so run folders, adapters and checkpoints; else the item."""
+    folder = Path(item).expanduser()
+    # A known name is that model, as everywhere, also where a folder is called like it.
+    if known_model(item) is not None or not folder.is_dir() or _is_model(folder):
+        return [item]
+    inside = [
+        str(entry)
+        for entry in sorted(folder.iterdir())
+        if (entry.is_dir() and _is_model(entry)) or (entry.suffix.lower() in MODEL_SUFFIXES and entry.is_file())
+    ]
+    return inside or [item]
 
 
 def _is_model(folder: Path) -> bool:
     marks = ("model.pt", "state.json", "config.yaml")
     return is_adapter(folder) or any((folder / name).is_file() for name in marks)
-
-
-def _has_decoder(location: ModelLocation) -> bool:
-    if location.adapter is not None:
-        return any(name.startswith("instance_decoder.") for name in load_safetensors(location.adapter / DECODERS))
-    if location.path is None:
-        return False
-    return location.decoder_path is not None or load_state(location.path).decoder_state is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 from collections.abc import Sequence
 
@@ -37,7 +39,10 @@ def load_all(search: Search, candidates: Sequence[Candidate], *, share: bool) ->
                 raise ModelError(f"the same weights as {seen[weights]}")
             seen[weights] = candidate.model
             entry = Entry(
-                candidate, Scored(key_of(weights, search.settings), by_quarter), hash_units(model, search.settings)
+                candidate,
+                Scored(key_of(weights, search.settings), by_quarter),
+                model.instance_decoder is not None,
+                hash_units(model, search.settings),
             )
             entry.scored.seconds["load"] = time.perf_counter() - began
             search.entries[candidate.model] = entry
@@ -64,18 +69,22 @@ def compare(search: Search, *, halving: bool) -> list[Standing]:
     """
     rounds = plan_rounds(len(search.entries), len(search.data.patches), halving=halving)
     chosen = list(search.entries)
-    progress = _Progress(search, rounds)
+    progress = _Progress(search)
     standings: list[Standing] = []
-    for models, patches in rounds:
-        chosen = chosen[:models]
+    search.compared = not any(each.reason == UNSEEN for each in search.left_out)
+    for number, (models, patches) in enumerate(rounds):
+        chosen, dropped = chosen[:models], chosen[models:]
+        for name in dropped:
+            search.shelf.drop(name)
+        progress.begin(chosen, patches, rounds[number:])
         for name in chosen:
-            if not search.stop.stopped and name in search.entries:
+            if not search.stop.stopped:
                 _look(search, name, patches, progress)
         standings = _standings(search)
-        chosen = [each.model for each in standings]
-        if search.stop.stopped:
+        if any(len(search.entries[name].scored.rows) < patches for name in chosen if name in search.entries):
+            search.compared = False
             break
-    search.compared = not search.stop.stopped
+        chosen = [each.model for each in standings]
     for name in [name for name, entry in search.entries.items() if not entry.scored.rows]:
         search.left_out.append(LeftOut(name, UNSEEN))
         search.entries.pop(name)
@@ -101,23 +110,49 @@ def plan_rounds(models: int, patches: int, *, halving: bool) -> list[tuple[int, 
     return [(-(-models // 2**number), patches >> (halvings - number)) for number in range(halvings + 1)]
 
 
-class _Progress:
-    """Says how far the search is."""
+def count_looks(rounds: Sequence[tuple[int, int]]) -> int:
+    """Return how many patches are looked at in all rounds, with all models."""
+    return sum(count * (until - since) for (_, since), (count, until) in itertools.pairwise([(0, 0), *rounds]))
 
-    def __init__(self, search: Search, rounds: Sequence[tuple[int, int]]) -> None:
+
+class _Progress:
+    """Says how far the search is, and how long the rest of it takes at the pace so far."""
+
+    def __init__(self, search: Search) -> None:
         self.search = search
         self.done = 0
-        before = 0
-        self.total = 0
-        for models, patches in rounds:
-            self.total += models * (patches - before)
-            before = patches
-        self.began = time.monotonic()
+        # Of the looks that were taken, and not found in the store: what they took, and were predicted to take.
+        self.taken = self.predicted = 0.0
 
-    def step(self, model: str) -> None:
+    def begin(self, models: Sequence[str], patches: int, rounds: Sequence[tuple[int, int]]) -> None:
+        """Begin the first of some rounds, with these models up to so many patches."""
+        self.todo = {name: list(range(len(self.search.entries[name].scored.rows), patches)) for name in models}
+        self.later = count_looks(rounds) - count_looks(rounds[:1])
+        self.later_each = statistics.fmean(map(self._each, models)) if models else 0.0
+
+    def step(self, name: str, seconds: float) -> None:
+        """A patch was looked at with a model in so many seconds, or found in no time."""
         self.done += 1
-        each = (time.monotonic() - self.began) / self.done
-        self.search.tell(Searched(model, self.done, self.total, each * max(0, self.total - self.done)))
+        self.todo[name].pop(0)
+        if seconds:
+            self.taken += seconds
+            self.predicted += self._each(name)
+        left = sum(self._cost(each, number) for each, numbers in self.todo.items() for number in numbers)
+        left += self.later * self.later_each
+        pace = self.taken / self.predicted if self.predicted else 1.0
+        there = sum(map(len, self.todo.values()))
+        self.search.tell(Searched(name, self.done, self.done + there + self.later, left * pace))
+
+    def leave_out(self, name: str) -> None:
+        """Nothing more is to do with a model."""
+        self.todo.pop(name, None)
+
+    def _each(self, name: str) -> float:
+        return self.search.patch_seconds[self.search.entries[name].candidate.location.architecture]
+
+    def _cost(self, name: str, index: int) -> float:
+        key = self.search.entries[name].scored.key
+        return 0.0 if self.search.store.get(key, self.search.data.patches[index].key) else self._each(name)
 
 
 def _look(search: Search, name: str, patches: int, progress: _Progress) -> None:
@@ -130,8 +165,11 @@ def _look(search: Search, name: str, patches: int, progress: _Progress) -> None:
         for patch in search.data.patches[len(scored.rows) : patches]:
             if search.stop.stopped:
                 break
+            kept, began = search.store.get(scored.key, patch.key), time.perf_counter()
             look(patch, model, embed, search.settings, search.store)
-            progress.step(name)
+            progress.step(name, 0.0 if kept else time.perf_counter() - began)
+    if name not in search.entries:
+        progress.leave_out(name)
     with search.going_on(lambda why: search.say(f"scores cannot be kept for a later search ({why})")):
         search.store.save()
 
@@ -141,7 +179,8 @@ def _standings(search: Search) -> list[Standing]:
     evidence = {name: entry.scored.evidence() for name, entry in search.entries.items() if entry.scored.rows}
     for name in evidence:
         search.entries[name].scored.seconds["score"] += (time.perf_counter() - began) / len(evidence)
-    return rank(evidence, [patch.image for patch in search.data.patches], search.weights)
+    images = [patch.image for patch in search.data.patches]
+    return rank(evidence, images, search.weights, lambda name, patches: search.entries[name].scored.evidence(patches))
 
 
 def _hash(model: SamModel) -> str:

@@ -35,6 +35,9 @@ class UnitHashes:
 class SharedEncoder:
     """Where embeddings of one search are kept.
 
+    What comes out of shared blocks is rounded to 16 bit, so an embedding may differ by that much from one that was
+    computed at one go.
+
     Attributes
     ----------
     folder
@@ -54,6 +57,7 @@ class SharedEncoder:
     max_gb: float
     say: Callable[[str], None]
     units_run: int = 0
+    _said: bool = False
 
     def open(self, model: SamModel, cuts: Sequence[int]) -> Callable[[Patch], Tensor]:
         """Return the function that embeds a patch with a model.
@@ -73,7 +77,8 @@ class SharedEncoder:
         units = encoder_units_of(model, self.settings)
         ends = sorted({*cuts, len(units)})
         caches = [
-            FeatureCache(self.folder, name_of_units(units[:end], self.settings), self.max_gb, self.say) for end in ends
+            FeatureCache(self.folder, name_of_units(units[:end], self.settings), self.max_gb, self._say_once)
+            for end in ends
         ]
 
         def embed(patch: Patch) -> Tensor:
@@ -81,6 +86,11 @@ class SharedEncoder:
                 return self._tokens(model, patch, units, ends, caches).to(model.device).float()
 
         return embed
+
+    def _say_once(self, text: str) -> None:
+        if not self._said:
+            self._said = True
+            self.say(text)
 
     def _tokens(
         self, model: SamModel, patch: Patch, units: Sequence[Unit], ends: Sequence[int], caches: Sequence[FeatureCache]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from napari_resfinetune.training.step import StepSettings
 # Tokens of each class that LogME looks at, in all and of one patch.
 TOKENS_PER_CLASS, TOKENS_PER_PATCH = 400, 100
 QUARTERS = 4
-FORMAT = 2
+FORMAT = 3
 Embed = Callable[[Patch], Tensor]
 
 
@@ -83,20 +83,21 @@ class Scored:
         kept = store.get(self.key, patch.key)
         if kept is None:
             embedding = _numbers(embed(patch.patch), model)
-            changed = _numbers(embed(perturb(patch.patch, patch.patch.number)), model)
+            changed = _numbers(embed(perturb(patch.patch, _seed_of(patch))), model)
             encoded = time.perf_counter()
             row = steadiness(model, patch.patch, embedding, changed, settings)
             kept = store.put(self.key, patch.key, Kept(row, encoded - began, time.perf_counter() - encoded))
         self._done(patch, kept)
 
-    def evidence(self) -> Evidence:
-        """Add up what is known."""
-        names = dict.fromkeys(name for row in self.rows for name in row)
-        sums = {name: np.array([row[name] for row in self.rows], np.float64) for name in names}
+    def evidence(self, patches: int | None = None) -> Evidence:
+        """Add up what is known, or what was known after so many patches."""
+        rows = self.rows[:patches]
+        names = dict.fromkeys(name for row in rows for name in row)
+        sums = {name: np.array([row[name] for row in rows], np.float64) for name in names}
         whole: dict[str, float] = {}
         if self.products:
-            sums |= self._probe()
-            classes = self._balanced()
+            sums |= self._probe(len(rows))
+            classes = _balanced(self.tokens[:patches])
             if classes is not None:
                 whole["logme"], whole["logme_share"] = explained_share(*classes)
         return Evidence(sums, whole)
@@ -113,32 +114,22 @@ class Scored:
         tokens = embedding[0].flatten(1).T.cpu().numpy()
         parts = [_quarters(side) == number for number in range(QUARTERS)] if self.by_quarter else [inside]
         self.products += [moments(tokens[inside & part], targets[inside & part]) for part in parts]
-        rng = np.random.default_rng(int(patch.key[:8], 16))
+        rng = np.random.default_rng(_seed_of(patch))
         chosen = [rng.permutation(np.flatnonzero(inside & (classes == each)))[:TOKENS_PER_PATCH] for each in range(3)]
         kept = np.concatenate(chosen)
         self.tokens.append((tokens[kept], classes[kept]))
 
-    def _probe(self) -> dict[str, NDArray[np.float64]]:
+    def _probe(self, patches: int) -> dict[str, NDArray[np.float64]]:
         """Leave out image by image, or quarter by quarter; sums are of patches."""
-        names = list(dict.fromkeys(self.groups))
+        groups = self.groups[:patches]
+        names = list(dict.fromkeys(groups))
         if self.by_quarter:
-            units = [number % QUARTERS for number in range(len(self.products))]
+            units = [number % QUARTERS for number in range(QUARTERS * patches)]
         else:
-            units = [names.index(group) for group in self.groups]
-        found = leave_one_out(self.products, units, len(TARGETS))
-        shape = (len(self.groups), -1, len(TARGETS))
+            units = [names.index(group) for group in groups]
+        found = leave_one_out(self.products[: len(units)], units, len(TARGETS))
+        shape = (patches, -1, len(TARGETS))
         return sums_of_probe(found.explained.reshape(shape).sum(1), found.spread.reshape(shape).sum(1))
-
-    def _balanced(self) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
-        """Return as many tokens of each class as there are of the rarest; `None` when there is one class only."""
-        tokens, classes = (np.concatenate([part[i] for part in self.tokens]) for i in (0, 1))
-        there, counts = np.unique(classes, return_counts=True)
-        if len(there) < 2:
-            return None
-        count = min(int(counts.min()), TOKENS_PER_CLASS)
-        rng = np.random.default_rng(0)
-        chosen = np.concatenate([rng.permutation(np.flatnonzero(classes == each))[:count] for each in there])
-        return tokens[chosen], classes[chosen]
 
 
 @dataclass(frozen=True)
@@ -205,6 +196,25 @@ def key_of(weights: str, settings: StepSettings) -> str:
     """Return the name of a model and of how patches are brought to it."""
     described = json.dumps([weights, settings.input_px, settings.positions, str(settings.autocast)])
     return hashlib.sha256(described.encode()).hexdigest()[:32]
+
+
+def _balanced(
+    parts: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]],
+) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
+    """Return as many tokens of each class as there are of the rarest; `None` when there is one class only."""
+    tokens, classes = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    there, counts = np.unique(classes, return_counts=True)
+    if len(there) < 2:
+        return None
+    count = min(int(counts.min()), TOKENS_PER_CLASS)
+    rng = np.random.default_rng(0)
+    chosen = np.concatenate([rng.permutation(np.flatnonzero(classes == each))[:count] for each in there])
+    return tokens[chosen], classes[chosen]
+
+
+def _seed_of(patch: SearchPatch) -> int:
+    """Return a seed that a patch has in every search."""
+    return int(patch.key[:8], 16)
 
 
 def _numbers(embedding: Tensor, model: SamModel) -> Tensor:

@@ -48,6 +48,7 @@ def run_pilots(search: Search, standings: Sequence[Standing], epochs: int) -> li
         search.say("no short training: no model is too close to the first to call")
         return list(standings)
     found: dict[str, float] = {}
+    search.shelf.clear()  # training takes all the memory that it may
     for each in leading:
         search.say(f"{each.model}: trained for {epochs} epochs with a frozen image encoder, to settle a close call")
         with search.going_on(lambda why, name=each.model: search.say(f"{name}: its short training failed ({why})")):  # type: ignore[misc]
@@ -99,7 +100,8 @@ def short_training(search: Search, name: str, epochs: int, *, output_name: str) 
     """Return the configuration of a training of a model with a frozen image encoder, on the features of the search."""
     config = search.config
     training = config.training.model_copy(update={"epochs": epochs, "early_stopping": None})
-    resources = config.resources.model_copy(update={"feature_cache_dir": search.encoder.folder.absolute()})
+    cache = {"feature_cache": "auto", "feature_cache_dir": search.encoder.folder.absolute()}
+    resources = config.resources.model_copy(update=cache)
     return config.model_copy(
         update={
             "model": name,

@@ -7,7 +7,7 @@ draws for all models, so that two models are compared on the same images (Efron 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +80,12 @@ class Standing:
 
 
 def rank(
-    evidence: Mapping[str, Evidence], groups: Sequence[str], weights: Mapping[str, float], *, seed: int = 0
+    evidence: Mapping[str, Evidence],
+    groups: Sequence[str],
+    weights: Mapping[str, float],
+    earlier: Callable[[str, int], Evidence],
+    *,
+    seed: int = 0,
 ) -> list[Standing]:
     """Rank models, best first; those that were judged on more patches come before the others.
 
@@ -91,24 +96,31 @@ def rank(
     groups
         Which image each patch is from; images are drawn again, or patches where there are few of them.
     weights
-        Of the scores, as in `WEIGHTS`. What no model has is left out; what a model lacks counts as 0.
+        Of the scores, as in `WEIGHTS`. What a model lacks counts as 0.
+    earlier
+        What was known of a model after so many patches, to compare it with one that was dropped then.
     seed
         Of the draws.
     """
-    there = {name for each in evidence.values() for name in (*_values(each, None), *each.whole)}
-    used = {name: weight for name, weight in weights.items() if name in there}
     draws = {each.patches: _draws(groups[: each.patches], seed) for each in evidence.values()}
-    ranked = sorted(evidence, key=lambda model: (-evidence[model].patches, -_combined(evidence[model], used, None)[0]))
+    ranked = sorted(
+        evidence, key=lambda model: (-evidence[model].patches, -_combined(evidence[model], weights, None)[0])
+    )
+    # What is known of the first one, by the number of patches that another one was judged on.
+    leading = {
+        patches: evidence[ranked[0]] if patches == evidence[ranked[0]].patches else earlier(ranked[0], patches)
+        for patches in draws
+    }
     standings = []
     for model in ranked:
         each = evidence[model]
-        (score,) = _combined(each, used, None)
+        (score,) = _combined(each, weights, None)
         low = high = None
         drawn = draws[each.patches]
         if drawn is not None:
-            low, high = np.quantile(_combined(each, used, drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+            low, high = np.quantile(_combined(each, weights, drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         scores = {name: float(values[0]) for name, values in _values(each, None).items()} | dict(each.whole)
-        close = model != ranked[0] and _is_close(evidence[ranked[0]], each, used, groups, seed)
+        close = model != ranked[0] and _is_close(leading[each.patches], each, weights, drawn)
         standings.append(Standing(model, float(score), _plain(low), _plain(high), close, scores))
     return standings
 
@@ -165,19 +177,12 @@ def _combined(evidence: Evidence, weights: Mapping[str, float], drawn: Array | N
     return np.asarray(sum(parts, np.zeros(1 if drawn is None else len(drawn))))
 
 
-def _is_close(first: Evidence, other: Evidence, weights: Mapping[str, float], groups: Sequence[str], seed: int) -> bool:
+def _is_close(first: Evidence, other: Evidence, weights: Mapping[str, float], drawn: Array | None) -> bool:
     """Whether the first is not better in enough draws, on the patches that both were judged on."""
-    common = min(first.patches, other.patches)
-    a, b = _first_patches(first, common), _first_patches(other, common)
-    drawn = _draws(groups[:common], seed)
     if drawn is None:
-        return bool(_combined(a, weights, None)[0] - _combined(b, weights, None)[0] < SMALLEST_DIFFERENCE)
-    better = _combined(a, weights, drawn) > _combined(b, weights, drawn)
+        return bool(_combined(first, weights, None)[0] - _combined(other, weights, None)[0] < SMALLEST_DIFFERENCE)
+    better = _combined(first, weights, drawn) > _combined(other, weights, drawn)
     return bool(better.mean() < LEVEL)
-
-
-def _first_patches(evidence: Evidence, count: int) -> Evidence:
-    return Evidence({name: rows[:count] for name, rows in evidence.sums.items()}, evidence.whole)
 
 
 def _plain(value: float | None) -> float | None:

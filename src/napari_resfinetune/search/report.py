@@ -59,7 +59,10 @@ def draw_models(search: Search, ranked: Sequence[Suggestion]) -> dict[str, str]:
         By model, the path of its picture inside the folder of the search.
     """
     patch = next((each for each in search.data.patches if each.held_out), search.data.patches[0])
-    (search.folder / PICTURES).mkdir(exist_ok=True)
+    folder = search.folder / PICTURES
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("[0-9][0-9].png"):  # of an earlier ranking
+        old.unlink()
     drawn = {}
     for each in ranked[:MOST_PICTURES]:
         with search.going_on(lambda why, name=each.model: search.say(f"{name}: no picture ({why})")):  # type: ignore[misc]
@@ -79,7 +82,7 @@ def write_report(search: Search, found: Suggestions, pictures: Mapping[str, str]
         _list(found.notes),
         "<h2>Ranking</h2>",
         _table(*_ranking(found)),
-        "<p>The score is the weighted mean of the others; docs/search.md explains each. In brackets: 95 % interval. "
+        "<p>The score is a weighted mean; docs/search.md says of what, and explains each. In brackets: 95 % interval. "
         "≈ marks models that are too close to the first to call.</p>",
     ]
     if found.features is not None:
@@ -95,6 +98,7 @@ def write_report(search: Search, found: Suggestions, pictures: Mapping[str, str]
             if each.model in pictures
         ]
     parts += ["<h2>Times</h2>", _table(*_times(found))]
+    (search.folder / TIMES).unlink(missing_ok=True)
     if any(each.timing for each in found):
         draw_times(search.folder / TIMES, found.ranked)
         parts.append(f"<p>{_text(break_even_in_words(found.ranked))}</p><img src='{TIMES}' alt='times'>")

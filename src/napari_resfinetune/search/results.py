@@ -125,6 +125,7 @@ class Suggestions(Sequence[Suggestion]):
             "left_out": [each.to_dict() for each in self.left_out],
             "downloads": [each.to_dict() for each in self.downloads],
             "status": self.status,
+            "compared": self.compared,
             "seconds": self.seconds,
             "features": None if self.features is None else str(self.features),
             "report": None if self.report is None else str(self.report),

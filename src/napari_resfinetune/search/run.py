@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,11 +15,12 @@ from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.errors import ConfigError
 from napari_resfinetune.events import Message, OnEvent, StopToken
 from napari_resfinetune.planning import probe_hardware, within_limits
+from napari_resfinetune.planning.precision import tf32_as_chosen
 from napari_resfinetune.search.candidates import Candidate, find_candidates, possible_downloads
 from napari_resfinetune.search.compare import compare, load_all
 from napari_resfinetune.search.features import SharedEncoder
 from napari_resfinetune.search.measure import ScoreStore
-from napari_resfinetune.search.patches import search_patches
+from napari_resfinetune.search.patches import SearchData, search_patches
 from napari_resfinetune.search.pilot import run_pilots
 from napari_resfinetune.search.ranking import Standing, uncertainty_in_words
 from napari_resfinetune.search.report import draw_models, write_report
@@ -27,11 +29,11 @@ from napari_resfinetune.search.shelf import Shelf
 from napari_resfinetune.search.state import Search
 from napari_resfinetune.search.timing import predict_search, time_finetuning
 from napari_resfinetune.training.prepare import choose_setup
-from napari_resfinetune.training.run_folder import RunFolder, check_writable
+from napari_resfinetune.training.run_folder import RunFolder, check_writable, holding
 from napari_resfinetune.training.step import DTYPES, StepSettings
 from napari_resfinetune.words import counted, duration
 
-SCORES, FEATURES, RESULT = "scores.json", "features", "search.json"
+SCORES, FEATURES, RESULT, LOCK = "scores.json", "features", "search.json", ".search.lock"
 # Of the RAM that may be taken, for models that are not in use.
 SHELF_SHARE = 0.4
 
@@ -103,8 +105,7 @@ def suggest(
         folder = options.output
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="resfinetune-search-")))
-        search, limits = _prepare(config, images, labels, options, folder, on_event, stop)
-        stack.enter_context(limits)
+        search = _prepare(config, images, labels, options, folder, on_event, stop, stack)
         standings = compare(search, halving=options.halving)
         standings = run_pilots(search, standings, options.pilot_epochs)
         ranked = _suggestions(search, standings)
@@ -123,7 +124,7 @@ def check_folder(output: Path) -> None:
     """
     check_writable(output)
     is_own = any((output / name).is_file() for name in (SCORES, RESULT)) and not RunFolder(output).config.exists()
-    if output.is_dir() and any(output.iterdir()) and not is_own:
+    if output.is_dir() and any(path.name != LOCK for path in output.iterdir()) and not is_own:
         raise ConfigError(
             f"{output}: already holds files that are not of a search, and nothing is overwritten; choose another "
             "output folder"
@@ -138,8 +139,9 @@ def _prepare(
     folder: Path,
     on_event: OnEvent | None,
     stop: StopToken | None,
-) -> tuple[Search, contextlib.AbstractContextManager[None]]:
-    """Look at data and candidates, say what is coming, and load all models."""
+    stack: contextlib.ExitStack,
+) -> Search:
+    """Look at data and candidates, say what is coming, and load all models; locks and limits go onto the stack."""
     data = search_patches(config, images, labels, options.patches)
     found, left_out = find_candidates(options.candidates)
     hardware = probe_hardware()
@@ -148,6 +150,8 @@ def _prepare(
         autocast=DTYPES[setup.precision.name], input_px=config.training.input_px, positions=config.training.positions
     )
     folder.mkdir(parents=True, exist_ok=True)
+    busy = f"{folder}: another search is at work there; wait until it has ended, or choose another output folder"
+    stack.enter_context(holding(folder / LOCK, busy))
     cache = config.resources.feature_cache_dir or folder / FEATURES
     tell = on_event or (lambda event: None)
     search = Search(
@@ -164,24 +168,52 @@ def _prepare(
         tell=tell,
         stop=stop or StopToken(),
         left_out=list(left_out),
+        notes=[*data.notes, *_who_learned_here(found, data)],
     )
     search.store.save()  # marks the folder as one of a search
     _say_what_is_replaced(search, found)
-    for text in (*setup.notes, *data.notes, *(f"{each.model}: left out ({each.reason})" for each in left_out)):
+    for text in (*setup.notes, *search.notes, *(f"{each.model}: left out ({each.reason})" for each in left_out)):
         search.say(text)
-    found, seconds = predict_search(search, hardware, found)
+    stack.enter_context(tf32_as_chosen(setup.precision, setup.device))
+    found, seconds = predict_search(search, hardware, found, halving=options.halving)
+    behind = [name for name, asked in (("short trainings", options.pilot_epochs), ("timing", options.timing)) if asked]
+    without = f", without {' and '.join(behind)}" if behind else ""
     search.say(
         f"{counted(len(found), 'model')} on {len(data.patches)} patches of {counted(len(data.images), 'image')}: "
-        f"about {duration(seconds)} if nothing is shared or kept from before"
+        f"about {duration(seconds)} if nothing is shared or kept from before{without}"
     )
+    stack.enter_context(within_limits(setup.limits, setup.device, hardware, enforce=False))
     load_all(search, found, share=options.share)
-    return search, within_limits(setup.limits, setup.device, hardware, enforce=False)
+    return search
+
+
+def _who_learned_here(found: Sequence[Candidate], data: SearchData) -> list[str]:
+    """Say which models are of runs that were trained on images of the same names."""
+    names = {name for _, _, name in (image.partition(" ") for image in data.images)}
+    learned = [each.model for each in found if names & _trained_on(Path(each.model).expanduser())]
+    if not learned:
+        return []
+    return [
+        f"{', '.join(learned)}: trained on images of the same names as some of these, so a part of the scores is for "
+        "what was learned by heart"
+    ]
+
+
+def _trained_on(run: Path) -> set[str]:
+    try:
+        split = json.loads((run / "split.json").read_text(encoding="utf-8"))
+        return {str(region["image"]) for region in split["train"]}
+    except (OSError, ValueError, KeyError, TypeError):  # no run folder, or nothing to be read in it
+        return set()
 
 
 def _say_what_is_replaced(search: Search, found: Sequence[Candidate]) -> None:
-    before = RunFolder(search.folder).read_json(RESULT) or {}
-    gone = [each["model"] for each in before.get("ranked", ())]
-    gone = [model for model in gone if model not in {each.model for each in found}]
+    try:
+        before = json.loads((search.folder / RESULT).read_text(encoding="utf-8"))
+        ranked = [each["model"] for each in before["ranked"]]
+    except (OSError, ValueError, KeyError, TypeError):  # none there, or damaged; it is only an output
+        return
+    gone = [model for model in ranked if model not in {each.model for each in found}]
     if gone:
         search.say(f"{search.folder}: the ranking there also had {', '.join(gone)}, and is replaced by this one")
 
@@ -200,7 +232,7 @@ def _suggestions(search: Search, standings: Sequence[Standing]) -> list[Suggesti
                 high=each.high,
                 too_close=each.close or (rank == 1 and several),
                 architecture=entry.candidate.location.architecture,
-                has_decoder=entry.candidate.has_decoder,
+                has_decoder=entry.has_decoder,
                 scores=dict(each.scores),
                 patches=len(entry.scored.rows),
                 seconds=dict(entry.scored.seconds),
@@ -214,7 +246,7 @@ def _finish(search: Search, ranked: Sequence[Suggestion], options: SearchOptions
     result = Suggestions(
         ranked=tuple(ranked),
         advice=advise(ranked, labelled=search.data.labelled) if search.compared else STOPPED_ADVICE,
-        notes=(*search.data.notes, uncertainty_in_words([patch.image for patch in search.data.patches])),
+        notes=(*search.notes, uncertainty_in_words([patch.image for patch in search.data.patches])),
         left_out=tuple(search.left_out),
         downloads=possible_downloads([each.model for each in ranked] + [each.model for each in search.left_out]),
         status="stopped" if search.stop.stopped else "finished",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from napari_resfinetune.models import SamModel, load_model
 from napari_resfinetune.planning.memory import GB
 from napari_resfinetune.search.candidates import Candidate
+from napari_resfinetune.training.survival import free
 
 
 class Shelf:
@@ -33,8 +34,7 @@ class Shelf:
         """
         model = self._kept.get(candidate.model)
         if model is None:
-            decoder = "required" if candidate.has_decoder else "none"
-            model = load_model(candidate.location, decoder=decoder)  # type: ignore[arg-type]
+            model = load_model(candidate.location, decoder="optional")
             model.requires_grad_(False)
             taken_gb = sum(_size_gb(other) for other in self._kept.values())
             if taken_gb + _size_gb(model) <= self.room_gb:
@@ -48,6 +48,11 @@ class Shelf:
     def drop(self, name: str) -> None:
         """Forget a model that is not needed any more."""
         self._kept.pop(name, None)
+
+    def clear(self) -> None:
+        """Forget all models, so that something else may take the memory."""
+        self._kept.clear()
+        free()
 
 
 def _size_gb(model: SamModel) -> float:

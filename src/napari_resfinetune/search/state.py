@@ -37,6 +37,8 @@ class Entry:
         The model.
     scored
         What is known of it.
+    has_decoder
+        Whether it brings an instance decoder.
     units
         Hashes of the units of its image encoder.
     cuts
@@ -45,6 +47,7 @@ class Entry:
 
     candidate: Candidate
     scored: Scored
+    has_decoder: bool
     units: UnitHashes
     cuts: tuple[int, ...] = ()
 
@@ -73,8 +76,12 @@ class Search:
         Models that are compared, by name.
     left_out
         The others.
+    notes
+        What should be known when the ranking is read.
     compared
         Whether all of them were looked at as far as was planned.
+    patch_seconds
+        By architecture, what a look at a patch is predicted to take.
     """
 
     config: FinetuneConfig
@@ -91,7 +98,9 @@ class Search:
     stop: StopToken
     entries: dict[str, Entry] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     compared: bool = False
+    patch_seconds: dict[str, float] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
     @property

@@ -22,6 +22,7 @@ from napari_resfinetune.models.encoder import run_units
 from napari_resfinetune.models.preprocess import to_model_input
 from napari_resfinetune.planning import Hardware, Length
 from napari_resfinetune.search.candidates import Candidate, LeftOut
+from napari_resfinetune.search.compare import count_looks, plan_rounds
 from napari_resfinetune.search.pilot import short_training
 from napari_resfinetune.search.results import Suggestion
 from napari_resfinetune.search.state import Search
@@ -52,31 +53,37 @@ class StepTimes:
 
 
 def predict_search(
-    search: Search, hardware: Hardware, candidates: Sequence[Candidate]
+    search: Search, hardware: Hardware, candidates: Sequence[Candidate], *, halving: bool
 ) -> tuple[tuple[Candidate, ...], float]:
-    """Predict from the operations of the image encoders, before any model is loaded; leave out what is too large.
+    """Predict from the operations of a model's parts, before any is loaded; leave out what is too large.
+
+    `search.patch_seconds` is filled in.
 
     Returns
     -------
     candidates
         Without those that this computer could not even train with a frozen image encoder.
     seconds
-        That the search of these takes.
+        That the search of these takes, without short trainings, timing and pictures.
     """
-    setup, config = search.setup, search.config
-    seconds = 0.0
+    setup = search.setup
     fitting: list[Candidate] = []
-    frozen = config.model_copy(update={"strategy": FrozenStrategy()})
+    frozen = search.config.model_copy(update={"strategy": FrozenStrategy()})
+    # Scoring a patch is like validating on it with both decoders, whichever of them shall be trained.
+    both = frozen.model_copy(update={"training": frozen.training.model_copy(update={"targets": "both"})})
     patches = len(search.data.patches)
-    # Scoring a patch is like validating on it: decoders forward, once or twice.
     length = Length(epochs=1, steps_per_epoch=0, validation_samples=patches, patches_kept=patches)
     for architecture in dict.fromkeys(each.location.architecture for each in candidates):
-        settled = with_objects(frozen, setup.preset, architecture)
-        plan = plan_run(settled, setup, hardware, architecture, length)
+        plan, scoring = (
+            plan_run(with_objects(each, setup.preset, architecture), setup, hardware, architecture, length)
+            for each in (frozen, both)
+        )
         members = [each for each in candidates if each.location.architecture == architecture]
         if plan.fits:
             fitting += members
-            seconds += plan.seconds_first_epoch * len(members)
+            # Without labels, a patch and what a perturbation makes of it are looked at.
+            looks = 1 if search.data.labelled else 2
+            search.patch_seconds[architecture] = looks * scoring.seconds_first_epoch / patches
             continue
         why = (
             f"too large: even with a frozen image encoder it takes {plan.peak_gb:.1f} GB, and {plan.limit_gb:.1f} GB "
@@ -87,7 +94,9 @@ def predict_search(
             search.say(f"{each.model}: left out ({why})")
     if not fitting:
         raise ResourceError(*map(str, search.left_out))
-    return tuple(each for each in candidates if each in fitting), seconds
+    left = tuple(each for each in candidates if each in fitting)
+    per_look = statistics.fmean(search.patch_seconds[each.location.architecture] for each in left)
+    return left, per_look * count_looks(plan_rounds(len(left), patches, halving=halving))
 
 
 def time_finetuning(search: Search, ranked: Sequence[Suggestion]) -> list[Suggestion]:
@@ -167,6 +176,7 @@ def _measure(search: Search, name: str) -> StepTimes:
     frozen = short_training(search, name, epochs, output_name=".timing")
     full = frozen.model_copy(update={"strategy": FullStrategy()})
     encode = _encode(search, name)
+    search.shelf.clear()  # training takes all the memory that it may
     _step(search, frozen)  # leaves the features of these patches, which the next time finds
     return StepTimes(encode, _step(search, frozen), _step(search, full))
 

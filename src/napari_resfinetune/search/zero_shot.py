@@ -19,7 +19,7 @@ from napari_resfinetune.evaluation.scores import score
 from napari_resfinetune.inference.segment import MIN_SIZE_PX
 from napari_resfinetune.models import SamModel, resized_shape, upstream
 from napari_resfinetune.training.prompts import Prompts
-from napari_resfinetune.training.step import StepSettings, predict_round
+from napari_resfinetune.training.step import StepSettings, autocast, predict_round
 
 MOST_OBJECTS = 24
 # Side of the grid of points whose masks are compared when there are no labels.
@@ -127,7 +127,8 @@ def prompted_masks(
 def automatic(model: SamModel, embedding: Tensor, size: tuple[int, int], settings: StepSettings) -> NDArray[np.uint32]:
     """Segment a patch with the instance decoder, as mode "ais" does; objects "YX"."""
     input_size = resized_shape(size, settings.input_px)
-    maps = model.decode_instances(embedding, input_size, size)[0].float().cpu().numpy()
+    with autocast(model.device, settings):
+        maps = model.decode_instances(embedding, input_size, size)[0].float().cpu().numpy()
     segmenter = upstream.InstanceSegmentationWithDecoder(upstream.SamPredictor(model.sam), model.instance_decoder)
     segmenter.set_state({"foreground": maps[0], "center_distances": maps[1], "boundary_distances": maps[2]})
     return np.asarray(segmenter.generate(min_size=MIN_SIZE_PX), np.uint32)
