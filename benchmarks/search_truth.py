@@ -42,7 +42,7 @@ from napari_resfinetune.search import SearchOptions, suggest
 from napari_resfinetune.search.features import SharedEncoder
 from napari_resfinetune.search.patches import search_patches
 from napari_resfinetune.search.zero_shot import agreement, automatic
-from napari_resfinetune.training.step import StepSettings
+from napari_resfinetune.training.step import DTYPES, StepSettings
 
 HALF, UNTRAINED = "half-trained", "random:vit_t"
 # Each modality in full, and by one of the cheaper strategies.
@@ -58,6 +58,8 @@ CHEAPER = {
 MAKE = [f"{modality}:{strategy}" for modality, cheaper in CHEAPER.items() for strategy in ("full", cheaper)]
 # Of each half of a stack or time series.
 PLANES = 4
+# Candidates shall differ, so they are moved far; the truth is what a careful finetuning comes to.
+MAKE_LEARNING_RATE, TRUTH_LEARNING_RATE = 3e-4, 1e-4
 SEED = 0
 
 
@@ -76,7 +78,7 @@ def main() -> None:
     parser.add_argument("--truth-steps", type=int, default=96, help="of the finetuning whose outcome is the truth")
     parser.add_argument("--patches", type=int, default=16, help="that the search looks at")
     parser.add_argument("--images", type=int, default=4, help="to search and to finetune on")
-    parser.add_argument("--test-patches", type=int, default=16)
+    parser.add_argument("--test-patches", type=int, default=24)
     parser.add_argument("--alone", action="store_true", help="search again without sharing blocks, to compare times")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args()
@@ -106,14 +108,14 @@ def check_settings(options: argparse.Namespace, parser: argparse.ArgumentParser)
     write(path, before)
 
 
-def settings(options: argparse.Namespace, steps: int) -> dict[str, Any]:
+def settings(options: argparse.Namespace, steps: int, learning_rate: float = TRUTH_LEARNING_RATE) -> dict[str, Any]:
     """Return what all trainings have in common: a quarter of the field of view, few steps."""
     return {
         "data": {"patch_px": 128},
         "training": {
             "input_px": 256,
             "targets": options.learn,
-            "learning_rate": 3e-4,
+            "learning_rate": learning_rate,
             "epochs": 1,
             "samples_per_epoch": steps,
             "objects": 5,
@@ -173,7 +175,7 @@ def make_candidates(options: argparse.Namespace) -> list[str]:
         run = options.work / "candidates" / name
         if not (run / "model.pt").is_file():
             shutil.rmtree(run, ignore_errors=True)
-            chosen = settings(options, options.steps)
+            chosen = settings(options, options.steps, MAKE_LEARNING_RATE)
             if name == HALF:
                 chosen["training"]["batch_norm"] = "measure"
             images, labels = files(options, maker)["learn"]
@@ -226,7 +228,8 @@ def sa50(options: argparse.Namespace, modality: str, model: Path) -> float:
     config = make_config(settings(options, options.truth_steps), "benchmark")
     patches = search_patches(config, *files(options, modality)["test"], options.test_patches).patches
     loaded = load_model(model, decoder="required")
-    step = StepSettings(input_px=config.training.input_px)
+    precision = choose_precision("auto", "cpu", probe_hardware()).name
+    step = StepSettings(autocast=DTYPES[precision], input_px=config.training.input_px)
     features = options.work / modality / ".features"
     embed = SharedEncoder(features, step, 1.0, print).open(loaded, ())
     rows = []

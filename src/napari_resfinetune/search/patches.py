@@ -19,7 +19,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from napari_resfinetune.config import DataConfig, FinetuneConfig
 from napari_resfinetune.data.doctor import check_pairs
-from napari_resfinetune.data.pairs import Pairs, check_channels, find_images, find_pairs, to_channels
+from napari_resfinetune.data.pairs import check_channels, find_images, find_pairs, to_channels
 from napari_resfinetune.data.patches import PADDING_RGB, Patch, TrainingPatches, ValidationPatches, measure_scalings
 from napari_resfinetune.data.scaling import apply_scaling, measure_scaling
 from napari_resfinetune.data.sources import ArraySource, read_plane, shape_yx
@@ -117,16 +117,12 @@ def search_patches(config: FinetuneConfig, images: Any, labels: Any, count: int)
         raise ConfigError("images: not given; name a folder, a glob or files, as in --images cells/ --labels masks/")
     if labels is None:
         return _without_labels(config.data, images, count, "there are no labels")
-    data = config.data
-    where: dict[str, Any] = data.model_dump(include={"image_key", "label_key", "axes", "channels"})
-    found = find_pairs(images, labels, **where)
-    report = check_pairs(found, patch_px=data.patch_px, min_object_px=data.min_object_px)
-    only_empty = [problem.code for problem in report.errors] == ["no-objects"]
-    if only_empty and not any(problem.code == "small-objects" for problem in report.warnings):
-        return _without_labels(data, images, count, "the labels hold no object")
-    report.raise_for_errors()
-    warnings = tuple(str(problem) for problem in report.warnings)
-    return _with_labels(config, found, images, labels, count, warnings)
+    try:
+        return _as_training(config, images, labels, count)
+    except DataError as error:
+        if config.data.validation_images is not None:
+            raise
+        return _as_far_as_possible(config.data, images, labels, count, error)
 
 
 def token_targets(patch: Patch, grid: int) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]]:
@@ -159,24 +155,8 @@ def token_targets(patch: Patch, grid: int) -> tuple[NDArray[np.float32], NDArray
     return targets, classes, pooled[3] > 0.5
 
 
-def _with_labels(
-    config: FinetuneConfig, found: Pairs, images: Any, labels: Any, count: int, warnings: tuple[str, ...]
-) -> SearchData:
-    data = config.data
-    try:
-        chosen, note = _as_training(config, images, labels, count)
-    except DataError as error:  # too few objects to hold any out; they can still be looked at
-        if data.validation_images is not None:
-            raise
-        regions = whole_regions(found.pairs, [i for i, pair in enumerate(found.pairs) if pair.planes])
-        fixed = ValidationPatches(found.pairs, regions, data, scalings=measure_scalings(found.pairs, regions, data))
-        chosen = [_held_out(fixed, index, False) for index in _spread(len(fixed), count)]
-        return SearchData(tuple(chosen), True, False, (f"{error} (training would refuse these labels)", *warnings))
-    return SearchData(tuple(chosen), True, True, (note, *warnings))
-
-
-def _as_training(config: FinetuneConfig, images: Any, labels: Any, count: int) -> tuple[list[SearchPatch], str]:
-    """Return patches that are split as training would split them, and how that is, in words."""
+def _as_training(config: FinetuneConfig, images: Any, labels: Any, count: int) -> SearchData:
+    """Return patches that are split as training would split them."""
     data, training = config.data, config.training
     opened = open_data(config, images, labels)
     scalings = measure_scalings(opened.pairs, opened.split.train + opened.split.validation, data)
@@ -199,7 +179,25 @@ def _as_training(config: FinetuneConfig, images: Any, labels: Any, count: int) -
         patch, region = drawn.draw_from(index)
         image = _image(opened.pairs[region.pair].name, region)
         learned.append(_search_patch(patch, image, " (learned)" if by_region else "", held_out=False))
-    return list(_by_turns([learned, held_out])), opened.split.note
+    notes = (opened.split.note, *map(str, opened.report.warnings))
+    return SearchData(tuple(_by_turns([learned, held_out])), True, True, notes)
+
+
+def _as_far_as_possible(data: DataConfig, images: Any, labels: Any, count: int, error: DataError) -> SearchData:
+    """Return patches of labels that training refuses: too few objects to hold any out, or none at all."""
+    where: dict[str, Any] = data.model_dump(include={"image_key", "label_key", "axes", "channels"})
+    found = find_pairs(images, labels, **where)
+    report = check_pairs(found, patch_px=data.patch_px, min_object_px=data.min_object_px)
+    only_empty = [problem.code for problem in report.errors] == ["no-objects"]
+    if only_empty and not any(problem.code == "small-objects" for problem in report.warnings):
+        return _without_labels(data, images, count, "the labels hold no object")
+    report.raise_for_errors()
+    regions = whole_regions(found.pairs, [i for i, pair in enumerate(found.pairs) if pair.planes])
+    fixed = ValidationPatches(found.pairs, regions, data, scalings=measure_scalings(found.pairs, regions, data))
+    chosen = tuple(_held_out(fixed, index, False) for index in _spread(len(fixed), count))
+    return SearchData(
+        chosen, True, False, (f"{error} (training would refuse these labels)", *map(str, report.warnings))
+    )
 
 
 def _held_out(patches: ValidationPatches, index: int, by_region: bool) -> SearchPatch:
