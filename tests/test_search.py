@@ -88,6 +88,7 @@ def test_the_command_ranks_models_and_says_what_it_left_out(cells, models, tmp_p
     assert "vit_t_lm" in downloads and "vit_b" not in downloads  # which was asked for
     page = (out / "report.html").read_text(encoding="utf-8")
     assert whole["advice"][1:] in page and "broken.pt" in page and "vit_b_histopathology" in page
+    assert "note    2 images to train on, 1 held out" in result.stderr
     for picture in ("pictures/01.png", "pictures/02.png"):
         assert picture in page and (out / picture).stat().st_size > 5000
     # Training with a frozen encoder finds the patches there, and adds the held-out ones that nobody looked at.
@@ -356,7 +357,7 @@ def test_a_pilot_settles_a_close_call_and_times_stand_beside_those_of_finetuning
     found = suggest(cells, both, output=tmp_path / "out", pilot_epochs=1, timing=True, on_event=events.append)
     said = [event.text for event in events if isinstance(event, Message)]
     assert found[0].scores["pilot"] >= found[1].scores["pilot"]
-    assert sum("trained for 1 epochs" in text for text in said) == 2
+    assert sum("trained for 1 epoch with" in text for text in said) == 2
     assert sum("measuring 3 steps" in text for text in said) == 1  # one architecture
     for each in found:
         times = each.timing
@@ -373,6 +374,8 @@ def test_a_pilot_settles_a_close_call_and_times_stand_beside_those_of_finetuning
 
 def test_options_that_cannot_be_are_refused(cells, tmp_path):
     config = make_config({**SETTINGS, "data": {**SMALL["data"], "images": str(cells / "images")}}, "test")
+    with pytest.raises(ConfigError, match=r"patches: found 2\.5; expected a whole number"):
+        search.suggest(config, options=SearchOptions(cells / "start.pt", patches=2.5))
     with pytest.raises(ConfigError, match="patches: found 0"):
         search.suggest(config, options=SearchOptions(cells / "start.pt", patches=0))
     with pytest.raises(ConfigError, match="pilot epochs: found -1"):

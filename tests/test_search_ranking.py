@@ -48,8 +48,12 @@ def test_models_that_differ_less_than_images_do_are_too_close_to_call():
     noisy = {name: evidence(sa50, 0.3, seed=seed) for seed, (name, sa50) in enumerate({"a": 0.5, "b": 0.5}.items())}
     assert rank(noisy, GROUPS, WEIGHTS["both"])[1].close
     # The same images for both: a small difference that is there on every image is seen.
-    steady = {"a": evidence(0.52, 0.2, seed=3), "b": evidence(0.5, 0.2, seed=3)}
+    steady = {"a": evidence(0.54, 0.2, seed=3), "b": evidence(0.5, 0.2, seed=3)}
     assert not rank(steady, GROUPS, WEIGHTS["both"])[1].close
+    # But not one that means nothing, or a small one on few images.
+    nearly = {"a": evidence(0.505, 0.2, seed=3), "b": evidence(0.5, 0.2, seed=3)}
+    assert rank(nearly, GROUPS, WEIGHTS["both"])[1].close
+    assert rank(steady, ["one image"] * 6 + ["another"] * 6, WEIGHTS["both"])[1].close
 
 
 def test_a_missing_decoder_counts_as_zero_whoever_else_is_there():
@@ -158,4 +162,4 @@ def test_advice_prefers_the_smaller_of_models_that_are_too_close_to_call():
     assert "two.pt is too close to call" in advise(same, labelled=True)
     settled = [dataclasses.replace(each, scores={"pilot": 0.5}) for each in close]
     assert "start from vit_b_lm: of the models that were too close" in advise(settled, labelled=True)
-    assert "only model" in advise(clear[:1], labelled=True)
+    assert "only model that was compared, with a score of 0.50" in advise(clear[:1], labelled=True)

@@ -503,6 +503,7 @@ def test_closing_the_widget_while_training_asks(widget, viewer, qtbot, monkeypat
 def found(*models: tuple[str, float], **changes) -> dict:
     ranked = [{"model": model, "score": score} for model, score in models]
     answer = {"ranked": ranked, "left_out": [], "downloads": [], "status": "finished", "start_from": ranked[0]["model"]}
+    answer |= {"notes": ["2 images to train on, 1 held out"]}
     return {**answer, "advice": f"start from {ranked[0]['model']}: it does best on your images", **changes}
 
 
@@ -517,12 +518,16 @@ def test_a_suggested_model_is_chosen_and_the_reason_said(widget, qtbot):
     assert len(request["images"]) == len(request["labels"]) == len(widget.controller.draft.pairs)
     event = {"event": "Searched", "model": "starter", "done": 3, "total": 16, "seconds_left": 65.0}
     engine._take(engine._generation, {"id": request["id"], "event": event})
-    assert suggestion.words.text() == "Looking with starter: 3 of 16, 1 min left"
+    assert suggestion.words.text() == "Comparing models, now starter: 19 %, 1 min left"
     missing = [{"model": "vit_b_lm", "size_mb": 415, "advice": ""}, {"model": "vit_h", "size_mb": 2565, "advice": ""}]
-    engine.answer("suggest", found(("starter", 0.61), ("/runs/first", 0.5), downloads=missing))
+    reason = "not a whole checkpoint (0.1 MB, PytorchStreamReader failed); expected a file written by torch.save"
+    broken = [{"model": "/runs/broken", "reason": f"/runs/broken/model.pt: {reason}"}]
+    engine.answer("suggest", found(("starter", 0.61), ("/runs/first", 0.5), downloads=missing, left_out=broken))
     assert widget.model.model.value() == widget.value().model == "starter"
     assert "Start from starter: it does best on your images (starter 0.61, first 0.50)" in suggestion.words.text()
+    assert "Left out: broken (not a whole checkpoint)." in suggestion.words.text()
     assert suggestion.words.text().endswith("Not on this computer yet: vit_b_lm.")
+    assert "1 held out" in suggestion.words.toolTip() and reason in suggestion.words.toolTip()
     assert suggestion.button.text() == "Suggest"
 
 

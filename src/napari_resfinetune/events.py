@@ -109,7 +109,7 @@ class Message(Event):
 
 @dataclass(frozen=True)
 class Searched(Event):
-    """A search for a start model has looked at one more patch with one of the models."""
+    """A search for a start model has looked at one more patch with a model, or trained it one more step."""
 
     model: str
     done: int

@@ -129,7 +129,8 @@ def suggest(
 
     with plain_errors():
         config = to_config(None, {"data": data_values(images, labels)}, set_)
-        with stop_on_interrupt() as stop, SearchProgress() as progress:
+        said = "stopping after this look, which is kept with --output; press Ctrl-C again to end at once"
+        with stop_on_interrupt(said) as stop, SearchProgress() as progress:
             found = api.suggest_models(
                 config,
                 candidates=[*(candidates or []), *(more or [])] or None,
@@ -142,6 +143,8 @@ def suggest(
             )
         if as_json:
             print_json([each.to_dict() for each in found])
+            for note in found.notes:
+                errors.print(f"note    {escape(note)}")
         else:
             print_suggestions(found)
     if found.status == "stopped":

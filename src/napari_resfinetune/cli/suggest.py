@@ -12,13 +12,13 @@ from napari_resfinetune.words import duration, short_names
 
 # Column heads of scores: short, since a terminal is narrow; the report has the long ones, and LogME itself.
 SCORES = {
-    "ais_sa50": "AIS",
+    "ais_sa50": "SA50",
     "box_iou": "box",
     "point_iou": "point",
     "probe_r2": "probe",
     "logme_share": "LogME",
-    "ais_steadiness": "AIS",
-    "point_steadiness": "points",
+    "ais_steadiness": "AIS steady",
+    "point_steadiness": "points steady",
     "pilot": "pilot",
 }
 
@@ -75,14 +75,18 @@ def print_suggestions(found: Any) -> None:
         spent = duration(sum(each.seconds.values()))
         rows.append([rank, short[each.model], f"{each.score:.3f}", interval, *scores, spent])
     print_table(columns, rows)
+    if any(each.too_close for each in found):
+        results.print("≈ too close to the first to call")
     results.print(f"advice  {escape(found.advice)}")
     for note in found.notes:
         results.print(f"note    {escape(note)}")
     for each in found.left_out:
         results.print(f"left out  {escape(each.model)}: {escape(each.reason)}")
     if found.downloads:
-        names = [f"{each.model} ({each.size_mb} MB)" for each in found.downloads]
-        results.print(f"a download would add {', '.join(names)}; name them as candidates")
+        for_cells = [each for each in found.downloads if each.model.endswith("_lm")] or found.downloads
+        names = [f"{each.model} ({each.size_mb} MB)" for each in for_cells]
+        more = f" and {len(found.downloads) - len(names)} others" if len(found.downloads) > len(names) else ""
+        results.print(f"a download would add {', '.join(names)}{more}; name them as candidates")
     words = break_even_in_words(found.ranked)
     if words:
         results.print(escape(words))

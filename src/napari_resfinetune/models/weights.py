@@ -299,7 +299,7 @@ def _read_torch(file: Path, path: Path, *, mapped: bool) -> dict[str, Any]:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from None
     except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(
-            f"{path}: not a whole checkpoint ({file.stat().st_size / 1e6:.1f} MB, {_first_line(error)}); expected a "
+            f"{path}: not a whole checkpoint ({file.stat().st_size / 1e6:.1f} MB{_detail(error)}); expected a "
             "file written by torch.save; copy or download it again"
         ) from None
     if isinstance(content, dict) and all(isinstance(key, str) for key in content):
@@ -357,6 +357,12 @@ def _reason(error: Exception) -> str:
         return error.strerror
     # What torch's writer says is about its own source code.
     return "the disk is full, or takes no files" if "inline_container" in str(error) else _first_line(error)
+
+
+def _detail(error: Exception) -> str:
+    """Return what an error says, behind a comma, unless it says nothing."""
+    said = _first_line(error)
+    return "" if said == type(error).__name__ else f", {said}"
 
 
 def _first_line(error: Exception) -> str:

@@ -93,9 +93,12 @@ def find_candidates(
         try:
             found.append(Candidate(model, resolve_model(model)))
         except ResFinetuneError as error:
-            left_out.append(LeftOut(model, "; ".join(error.problems).removeprefix(f"{model}: ")))
+            reason = "; ".join(error.problems)
+            for named in (model, str(Path(model)), f"model '{model}'"):
+                reason = reason.removeprefix(f"{named}: ")
+            left_out.append(LeftOut(model, reason))
     if not found:
-        hint = () if left_out else ("give models to compare, as in --candidates vit_b vit_b_lm runs/",)
+        hint = () if left_out else ("candidates: none given; name models, checkpoints, or folders of runs",)
         raise ModelError(*map(str, left_out), *hint)
     return tuple(found), tuple(left_out)
 

@@ -105,12 +105,10 @@ def search_patches(config: FinetuneConfig, images: Any, labels: Any, count: int)
     Raises
     ------
     ConfigError
-        Without images, or for a count below 1.
+        Without images.
     DataError
         When images or labels cannot be used.
     """
-    if count < 1:
-        raise ConfigError(f"patches: found {count}; expected 1 or more")
     images = images if images is not None else config.data.images
     labels = labels if labels is not None else config.data.labels
     if images is None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from napari_resfinetune.config import FinetuneConfig, FrozenStrategy
+from napari_resfinetune.events import Event, OnEvent, Searched, Step
 from napari_resfinetune.models import load_model
 from napari_resfinetune.search.ranking import Standing
 from napari_resfinetune.search.state import Search
 from napari_resfinetune.search.zero_shot import score_patch
 from napari_resfinetune.training.session import run_training
+from napari_resfinetune.words import counted
 
 MOST_PILOTS = 4
 
@@ -50,10 +53,13 @@ def run_pilots(search: Search, standings: Sequence[Standing], epochs: int) -> li
     found: dict[str, float] = {}
     search.shelf.clear()  # training takes all the memory that it may
     for each in leading:
-        search.say(f"{each.model}: trained for {epochs} epochs with a frozen image encoder, to settle a close call")
+        search.say(
+            f"{each.model}: trained for {counted(epochs, 'epoch')} with a frozen image encoder, to settle a close call"
+        )
         with search.going_on(lambda why, name=each.model: search.say(f"{name}: its short training failed ({why})")):  # type: ignore[misc]
             found[each.model] = _pilot(search, each.model, epochs)
         if search.stop.stopped:
+            search.notes.append("the search was stopped before its short trainings had ended, so they settle nothing")
             return list(standings)
     if len(found) < 2:
         search.say("fewer than two short trainings came to their end, so they change nothing")
@@ -72,7 +78,9 @@ def _pilot(search: Search, name: str, epochs: int) -> float:
     shutil.rmtree(output, ignore_errors=True)
     try:
         config = short_training(search, name, epochs, output_name=".pilot")
-        result = run_training(config, search.images, search.labels, stop=search.stop)
+        result = run_training(
+            config, search.images, search.labels, on_event=_progress(search, name, config), stop=search.stop
+        )
         if search.stop.stopped:
             return 0.0
         model = load_model(result.run_dir, decoder="none" if config.training.targets == "masks" else "required")
@@ -86,6 +94,20 @@ def _pilot(search: Search, name: str, epochs: int) -> float:
     finally:
         shutil.rmtree(output, ignore_errors=True)
     return mean_score(rows, search.weights)
+
+
+def _progress(search: Search, name: str, config: FinetuneConfig) -> OnEvent:
+    """Say how far a short training is."""
+    total = config.training.epochs * config.training.steps_per_epoch
+    seconds: list[float] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Step):
+            seconds.append(event.seconds)
+            left = statistics.fmean(seconds) * (total - len(seconds))
+            search.tell(Searched(name, len(seconds), total, left))
+
+    return watch
 
 
 def mean_score(rows: Sequence[Mapping[str, tuple[float, float]]], weights: Mapping[str, float]) -> float:

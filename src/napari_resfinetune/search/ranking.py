@@ -28,8 +28,8 @@ DRAWS = 2000
 # Fewer images than this say nothing about others; patches are drawn again instead.
 LEAST_IMAGES = 3
 LEVEL = 0.95
-# Without anything to draw again, a smaller difference is not taken for one.
-SMALLEST_DIFFERENCE = 0.05
+# A smaller difference is not taken for one. Drawing few images again says little, so there it is larger.
+SMALLEST_DIFFERENCE, SMALLEST_WITH_FEW_IMAGES = 0.01, 0.05
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ def rank(
         if drawn is not None:
             low, high = np.quantile(_combined(each, weights, drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         scores = {name: float(values[0]) for name, values in _values(each, None).items()} | dict(each.whole)
-        close = model != ranked[0] and _is_close(leading[each.patches], each, weights, drawn)
+        images = len(set(groups[: each.patches]))
+        close = model != ranked[0] and _is_close(leading[each.patches], each, weights, drawn, images)
         standings.append(Standing(model, float(score), _plain(low), _plain(high), close, scores))
     return standings
 
@@ -177,10 +178,13 @@ def _combined(evidence: Evidence, weights: Mapping[str, float], drawn: Array | N
     return np.asarray(sum(parts, np.zeros(1 if drawn is None else len(drawn))))
 
 
-def _is_close(first: Evidence, other: Evidence, weights: Mapping[str, float], drawn: Array | None) -> bool:
-    """Whether the first is not better in enough draws, on the patches that both were judged on."""
+def _is_close(first: Evidence, other: Evidence, weights: Mapping[str, float], drawn: Array | None, images: int) -> bool:
+    """Whether the first is hardly better, or not in enough draws, on the patches that both were judged on."""
+    ahead = _combined(first, weights, None)[0] - _combined(other, weights, None)[0]
+    if ahead < (SMALLEST_DIFFERENCE if images >= LEAST_IMAGES else SMALLEST_WITH_FEW_IMAGES):
+        return True
     if drawn is None:
-        return bool(_combined(first, weights, None)[0] - _combined(other, weights, None)[0] < SMALLEST_DIFFERENCE)
+        return False
     better = _combined(first, weights, drawn) > _combined(other, weights, drawn)
     return bool(better.mean() < LEVEL)
 

@@ -26,10 +26,10 @@ from napari_resfinetune.search.zero_shot import (
     prompted_masks,
     some_objects,
 )
-from napari_resfinetune.words import duration
+from napari_resfinetune.words import duration, rough_duration
 
 REPORT, PICTURES, TIMES = "report.html", "pictures", "times.png"
-MOST_PICTURES = 24
+MOST_PICTURES, MOST_PATCHES = 24, 3
 # Column heads of scores, in the order in which they are shown.
 SCORES: Mapping[str, str] = {
     "ais_sa50": "automatic SA50",
@@ -51,14 +51,16 @@ td { text-align: right } td:first-child, td:nth-child(2), th { text-align: left 
 
 
 def draw_models(search: Search, ranked: Sequence[Suggestion]) -> dict[str, str]:
-    """Draw what each model makes of one patch before training.
+    """Draw what each model makes of a patch of up to three images before training.
 
     Returns
     -------
     dict
         By model, the path of its picture inside the folder of the search.
     """
-    patch = next((each for each in search.data.patches if each.held_out), search.data.patches[0])
+    # Held-out ones first, and of each image the one with the most objects, where models differ most.
+    by_use = sorted(search.data.patches, key=lambda each: (not each.held_out, -len(np.unique(each.patch.labels))))
+    patches = list({each.image: each for each in reversed(by_use)}.values())[::-1][:MOST_PATCHES]
     folder = search.folder / PICTURES
     folder.mkdir(exist_ok=True)
     for old in folder.glob("[0-9][0-9].png"):  # of an earlier ranking
@@ -66,9 +68,8 @@ def draw_models(search: Search, ranked: Sequence[Suggestion]) -> dict[str, str]:
     drawn = {}
     for each in ranked[:MOST_PICTURES]:
         with search.going_on(lambda why, name=each.model: search.say(f"{name}: no picture ({why})")):  # type: ignore[misc]
-            panels = _panels(search, each.model, patch)
             name = f"{PICTURES}/{each.rank:02}.png"
-            _draw(search.folder / name, patch, panels)
+            _draw(search.folder / name, [(patch, _panels(search, each.model, patch)) for patch in patches])
             drawn[each.model] = name
     return drawn
 
@@ -121,11 +122,17 @@ def break_even_in_words(ranked: Sequence[Suggestion]) -> str:
     times = first.timing
     each = times["full"] / times["break_even_models"]
     return (
-        f"Training {first.model} in full for {times['epochs']:.0f} epochs takes about {duration(times['full'])}, with "
-        f"a frozen image encoder {duration(times['frozen'])}; searching took {duration(each)} a model on average. So "
-        f"searching takes longer than training in full from about {max(1, round(times['full'] / each))} models on, and "
-        f"longer than training with a frozen encoder from {max(1, round(times['frozen'] / each))} on."
+        f"Training {first.model} in full for {times['epochs']:.0f} epochs of {times['steps']:.0f} steps takes about "
+        f"{rough_duration(times['full'])} by the steps that were measured, with a frozen image encoder "
+        f"{rough_duration(times['frozen'])}; searching took {duration(each)} a model on average. So searching takes "
+        f"longer than training in full from about {_roughly(times['full'] / each)} models on, and longer than training "
+        f"with a frozen encoder from {_roughly(times['frozen'] / each)} on."
     )
+
+
+def _roughly(number: float) -> str:
+    """Round to two digits, as times of a few steps are not known better."""
+    return f"{max(1, int(float(f'{number:.2g}')))}"
 
 
 def draw_times(path: Path, ranked: Sequence[Suggestion]) -> None:
@@ -142,7 +149,7 @@ def draw_times(path: Path, ranked: Sequence[Suggestion]) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("seconds")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper right", ncols=3)
     figure.savefig(path, dpi=110)
 
 
@@ -174,20 +181,25 @@ def _joined(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
     return labels
 
 
-def _draw(path: Path, patch: SearchPatch, panels: Mapping[str, NDArray[Any]]) -> None:
+def _draw(path: Path, rows: Sequence[tuple[SearchPatch, Mapping[str, NDArray[Any]]]]) -> None:
+    """Draw a row for each patch: the image, and the outlines of each panel on it."""
     from matplotlib.figure import Figure
 
-    image = patch.patch.image.numpy().transpose(1, 2, 0).clip(0, 255).astype(np.uint8)
-    shown = {"image": None, **panels}
-    figure = Figure(figsize=(3 * len(shown), 3.2), layout="constrained")
-    for axis, (title, labels) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
-        axis.imshow(image)
-        if labels is not None:
-            edges = np.ma.masked_equal(find_boundaries(labels, mode="inner"), False)
-            axis.imshow(edges, cmap="autumn", interpolation="nearest")
-            title += f": {len(np.unique(labels[labels > 0]))}"
-        axis.set_title(title, fontsize=9)
-        axis.set_axis_off()
+    # As many columns for a model without automatic segmentation, so that pictures of models can be compared.
+    columns = 4 if "labels" in rows[0][1] else 3
+    figure = Figure(figsize=(3 * columns, 3.2 * len(rows)), layout="constrained")
+    for axes, (patch, panels) in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
+        image = patch.patch.image.numpy().transpose(1, 2, 0).clip(0, 255).astype(np.uint8)
+        for axis in axes:
+            axis.set_axis_off()
+        shown = {patch.image.partition(" ")[2] or patch.image: None, **panels}
+        for axis, (title, labels) in zip(axes, shown.items(), strict=False):
+            axis.imshow(image)
+            if labels is not None:
+                edges = np.ma.masked_equal(find_boundaries(labels, mode="inner"), False)
+                axis.imshow(edges, cmap="autumn", interpolation="nearest")
+                title += f": {len(np.unique(labels[labels > 0]))}"
+            axis.set_title(title, fontsize=9)
     figure.savefig(path, dpi=100)
 
 
@@ -231,7 +243,9 @@ def _list(items: Sequence[str]) -> str:
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+    first, _, _ = text.partition(" ")
+    is_path = "/" in first or "." in first
+    return (text if is_path else text[:1].upper() + text[1:]) + ("" if text.endswith(".") else ".")
 
 
 def _text(text: str) -> str:

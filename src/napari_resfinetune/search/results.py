@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from napari_resfinetune.search.candidates import Download, LeftOut
+from napari_resfinetune.words import short_names
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Suggestions(Sequence[Suggestion]):
         Models that could not be compared, and why.
     downloads
         Known models that were not asked for and are not on this machine.
+    images
+        Names of the images that were looked at.
     status
         ``"finished"``, or ``"stopped"`` when it was asked to.
     seconds
@@ -91,6 +94,7 @@ class Suggestions(Sequence[Suggestion]):
     notes: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
     downloads: tuple[Download, ...]
+    images: tuple[str, ...]
     status: Literal["finished", "stopped"]
     seconds: float
     features: Path | None = None
@@ -109,6 +113,12 @@ class Suggestions(Sequence[Suggestion]):
     def __len__(self) -> int:
         return len(self.ranked)
 
+    def __str__(self) -> str:
+        """Say the ranking, one model a line, and the advice."""
+        short = short_names([each.model for each in self.ranked])
+        lines = [f"{each.rank}{'≈' if each.too_close else '.'} {short[each.model]}: {each.score:.3f}" for each in self]
+        return "\n".join([*lines, self.advice, *self.notes, *map(str, self.left_out)])
+
     @property
     def start_from(self) -> str | None:
         """The model that the advice names; `None` where none was scored, or not all were looked at."""
@@ -124,6 +134,7 @@ class Suggestions(Sequence[Suggestion]):
             "notes": list(self.notes),
             "left_out": [each.to_dict() for each in self.left_out],
             "downloads": [each.to_dict() for each in self.downloads],
+            "images": list(self.images),
             "status": self.status,
             "compared": self.compared,
             "seconds": self.seconds,
@@ -156,7 +167,7 @@ def advise(ranked: Sequence[Suggestion], *, labelled: bool) -> str:
         return "no model was scored, so there is nothing to suggest yet"
     first, close = ranked[0], _close(ranked)
     if len(ranked) == 1:
-        return f"{first.model} is the only model that was compared, so start from it"
+        return f"{first.model} is the only model that was compared, with a score of {first.score:.2f} of 1"
     if "pilot" in first.scores:
         return f"start from {first.model}: of the models that were too close to call it did best in a short training"
     why = "it does best on your images" if labelled else "its results are the steadiest on your images"

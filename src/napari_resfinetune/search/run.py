@@ -99,8 +99,9 @@ def suggest(
     options = options or SearchOptions()
     if options.output is not None:
         check_folder(options.output)
-    if options.pilot_epochs < 0:
-        raise ConfigError(f"pilot epochs: found {options.pilot_epochs}; expected 0 or more")
+    for name, number, least in (("patches", options.patches, 1), ("pilot epochs", options.pilot_epochs, 0)):
+        if not isinstance(number, int) or number < least:
+            raise ConfigError(f"{name}: found {number}; expected a whole number, {least} or more")
     with contextlib.ExitStack() as stack:
         folder = options.output
         if folder is None:
@@ -123,7 +124,7 @@ def check_folder(output: Path) -> None:
         With what is there, and what to do.
     """
     check_writable(output)
-    is_own = any((output / name).is_file() for name in (SCORES, RESULT)) and not RunFolder(output).config.exists()
+    is_own = (output / SCORES).is_file() and not RunFolder(output).config.exists()
     if output.is_dir() and any(path.name != LOCK for path in output.iterdir()) and not is_own:
         raise ConfigError(
             f"{output}: already holds files that are not of a search, and nothing is overwritten; choose another "
@@ -172,7 +173,7 @@ def _prepare(
     )
     search.store.save()  # marks the folder as one of a search
     _say_what_is_replaced(search, found)
-    for text in (*setup.notes, *search.notes, *(f"{each.model}: left out ({each.reason})" for each in left_out)):
+    for text in (*setup.notes, *(f"{each.model}: left out ({each.reason})" for each in left_out)):
         search.say(text)
     stack.enter_context(tf32_as_chosen(setup.precision, setup.device))
     found, seconds = predict_search(search, hardware, found, halving=options.halving)
@@ -214,7 +215,9 @@ def _say_what_is_replaced(search: Search, found: Sequence[Candidate]) -> None:
     except (OSError, ValueError, KeyError, TypeError):  # none there, or damaged; it is only an output
         return
     gone = [model for model in ranked if model not in {each.model for each in found}]
-    if gone:
+    if before.get("images") != list(search.data.images):
+        search.say(f"{search.folder}: the ranking there was of other images, and is replaced by this one")
+    elif gone:
         search.say(f"{search.folder}: the ranking there also had {', '.join(gone)}, and is replaced by this one")
 
 
@@ -249,6 +252,7 @@ def _finish(search: Search, ranked: Sequence[Suggestion], options: SearchOptions
         notes=(*search.notes, uncertainty_in_words([patch.image for patch in search.data.patches])),
         left_out=tuple(search.left_out),
         downloads=possible_downloads([each.model for each in ranked] + [each.model for each in search.left_out]),
+        images=search.data.images,
         status="stopped" if search.stop.stopped else "finished",
         seconds=time.monotonic() - search.began,
         features=search.encoder.folder if lasting else None,

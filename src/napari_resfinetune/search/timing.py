@@ -116,10 +116,10 @@ def time_finetuning(search: Search, ranked: Sequence[Suggestion]) -> list[Sugges
     for architecture in dict.fromkeys(each.architecture for each in ranked):
         if search.stop.stopped:
             break
-        search.say(f"{architecture}: measuring {STEPS} steps of training, with a frozen encoder and in full")
+        search.say(f"measuring {STEPS} steps of training {architecture}, with a frozen encoder and in full")
         model = next(each.model for each in ranked if each.architecture == architecture)
         # As when training does not fit where a look does.
-        with search.going_on(lambda why, name=architecture: search.say(f"{name}: training cannot be measured ({why})")):  # type: ignore[misc]
+        with search.going_on(lambda why, name=architecture: search.say(f"training {name} cannot be measured ({why})")):  # type: ignore[misc]
             times[architecture] = _measure(search, model)
     if search.stop.stopped:
         return list(ranked)
@@ -149,7 +149,8 @@ def whole_times(config: FinetuneConfig, times: StepTimes, each: Suggestion, sear
     Returns
     -------
     dict
-        ``encode``, ``frozen_step``, ``full_step`` as measured; ``features``, ``frozen`` and ``full`` for all samples of
+        ``epochs``, and ``steps`` of each; ``encode``, ``frozen_step``, ``full_step`` as measured; ``features``,
+        ``frozen`` and ``full`` for all samples of
         the training to come; ``search`` as it was for this model; ``break_even_models``, full finetuning over the
         average search: from so many models on, the search takes longer than one full finetuning.
     """
@@ -160,6 +161,7 @@ def whole_times(config: FinetuneConfig, times: StepTimes, each: Suggestion, sear
     return {
         "samples": float(bank),
         "epochs": float(training.epochs),
+        "steps": float(training.steps_per_epoch),
         "encode": times.encode,
         "frozen_step": times.frozen_step,
         "full_step": times.full_step,

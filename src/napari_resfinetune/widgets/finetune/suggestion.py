@@ -97,8 +97,9 @@ class Suggestion(QObject):
     def _show_progress(self, event: dict[str, Any]) -> None:
         if event["event"] != "Searched":
             return
-        left = f", {rough_duration(event['seconds_left'])} left" if event["done"] else ""
-        self.words.say(f"Looking with {_short(event['model'])}: {event['done']} of {event['total']}{left}", "muted")
+        share = round(100 * event["done"] / max(1, event["total"]))
+        left = f"{rough_duration(event['seconds_left'])} left"
+        self.words.say(f"Comparing models, now {_short(event['model'])}: {share} %, {left}", "muted")
 
     def _answered(self, found: dict[str, Any]) -> None:
         self._ended()
@@ -108,11 +109,14 @@ class Suggestion(QObject):
         scores = ", ".join(f"{_short(each['model'])} {each['score']:.2f}" for each in found["ranked"][:SHOWN])
         missing = [each["model"] for each in found["downloads"] if each["model"].endswith("_lm")]
         further = f" Not on this computer yet: {', '.join(missing)}." if missing else ""
-        failed = [f"{_short(each['model'])} was left out: {each['reason']}." for each in found["left_out"]]
+        failed = ", ".join(_short(each["model"]) for each in found["left_out"])
+        left_out = f" Left out: {failed} ({_brief(found['left_out'][0]['reason'])})." if failed else ""
         advice = found["advice"]
         for each in found["ranked"]:
             advice = advice.replace(each["model"], _short(each["model"]))
-        self.words.say(f"{advice[:1].upper()}{advice[1:]} ({scores}).{further} {' '.join(failed)}".strip(), "good")
+        self.words.say(f"{advice[:1].upper()}{advice[1:]} ({scores}).{left_out}{further}", "good")
+        reasons = [f"{each['model']}: {each['reason']}" for each in found["left_out"]]
+        self.words.setToolTip("\n".join([*found["notes"], *reasons]))
         if found["start_from"]:
             self.suggested.emit(found["start_from"])
 
@@ -127,6 +131,11 @@ class Suggestion(QObject):
     def _show_button(self) -> None:
         self.button.setText("Stop" if self.busy else "Suggest")
         self.button.setEnabled(not self._copying and (self.busy or bool(self._controller.draft.pairs)))
+
+
+def _brief(reason: str) -> str:
+    """Return what is wrong, without numbers, internals and what to do; the command says all of it."""
+    return reason.partition(";")[0].partition(" (")[0].rpartition(": ")[2]
 
 
 def _short(model: str) -> str:
