@@ -125,7 +125,7 @@ def suggest(
     as_json: AsJson = False,
 ) -> None:
     """Rank models to start from on images and their labels, before any training."""
-    from napari_resfinetune.cli.suggest import SearchProgress, print_suggestions
+    from napari_resfinetune.cli.suggest import SearchProgress, print_remarks, print_suggestions
 
     with plain_errors():
         config = to_config(None, {"data": data_values(images, labels)}, set_)
@@ -143,8 +143,7 @@ def suggest(
             )
         if as_json:
             print_json([each.to_dict() for each in found])
-            for note in found.notes:
-                errors.print(f"note    {escape(note)}")
+            print_remarks(found, errors)
         else:
             print_suggestions(found)
     if found.status == "stopped":

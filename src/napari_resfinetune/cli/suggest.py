@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from napari_resfinetune.cli.output import errors, escape, print_table, results
@@ -59,6 +60,14 @@ class SearchProgress:
             )
 
 
+def print_remarks(found: Any, console: Console) -> None:
+    """Print what should be known, and what was left out and why."""
+    for note in found.notes:
+        console.print(f"note    {escape(note)}")
+    for each in found.left_out:
+        console.print(f"left out  {escape(each.model)}: {escape(each.reason)}")
+
+
 def print_suggestions(found: Any) -> None:
     """Print the ranking, what it means, and what to do."""
     from napari_resfinetune.search.report import break_even_in_words
@@ -78,10 +87,7 @@ def print_suggestions(found: Any) -> None:
     if any(each.too_close for each in found):
         results.print("≈ too close to the first to call")
     results.print(f"advice  {escape(found.advice)}")
-    for note in found.notes:
-        results.print(f"note    {escape(note)}")
-    for each in found.left_out:
-        results.print(f"left out  {escape(each.model)}: {escape(each.reason)}")
+    print_remarks(found, results)
     if found.downloads:
         for_cells = [each for each in found.downloads if each.model.endswith("_lm")] or found.downloads
         names = [f"{each.model} ({each.size_mb} MB)" for each in for_cells]

@@ -40,6 +40,11 @@ class LeftOut:
         """Say both, the model once."""
         return self.reason if self.model in self.reason else f"{self.model}: {self.reason}"
 
+    @property
+    def brief(self) -> str:
+        """What is wrong, without what to do."""
+        return self.reason.partition(";")[0].partition(". ")[0]
+
     def to_dict(self) -> dict[str, str]:
         """Return plain data."""
         return {"model": self.model, "reason": self.reason}

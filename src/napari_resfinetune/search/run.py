@@ -173,7 +173,7 @@ def _prepare(
     )
     search.store.save()  # marks the folder as one of a search
     _say_what_is_replaced(search, found)
-    for text in (*setup.notes, *(f"{each.model}: left out ({each.reason})" for each in left_out)):
+    for text in (*setup.notes, *(f"{each.model}: left out ({each.brief})" for each in left_out)):
         search.say(text)
     stack.enter_context(tf32_as_chosen(setup.precision, setup.device))
     found, seconds = predict_search(search, hardware, found, halving=options.halving)
