@@ -37,7 +37,8 @@ demo: $(READY)
 
 test: $(READY)
 	@$(SETUP) libraries
-	$(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	@# In the order of their names: else files of few tests come last, and those are the long ones.
+	$(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slurm: $(READY)
 	@$(SETUP) slurm

@@ -4,10 +4,10 @@
 
 `DATA` holds a folder for each modality, with `images/` and `labels/`. Candidates are made on the spot: the start model,
 the start model finetuned as each of `--make` says (or, with `--candidates`, models that exist already, as those of a
-sweep), untrained weights, a model trained from them for as short a time, and blends of the start model with untrained
-weights, which know less and less. The truth is the SA50 of the automatic segmentation on images that neither search nor
-training has seen, after every candidate was finetuned with one fixed small budget. Of stacks and time series, planes of
-the first half are searched and learned, planes of the second half are the unseen ones.
+sweep), untrained weights, and a model trained from them for as short a time. The truth is the SA50 of the automatic
+segmentation on images that neither search nor training has seen, after every candidate was finetuned with one fixed
+small budget. Of stacks and time series, planes of the first half are searched and learned, planes of the second half
+are the unseen ones.
 
 Everything is kept in `WORK`; a run that was stopped goes on there. Once the candidates are made, several processes can
 work there at once on different targets.
@@ -35,7 +35,7 @@ from scipy.stats import kendalltau
 
 import napari_resfinetune as rf
 from napari_resfinetune.config import make_config
-from napari_resfinetune.models import load_model, save_model
+from napari_resfinetune.models import load_model
 from napari_resfinetune.planning import probe_hardware
 from napari_resfinetune.planning.precision import choose_precision
 from napari_resfinetune.search import SearchOptions, suggest
@@ -45,17 +45,8 @@ from napari_resfinetune.search.zero_shot import agreement, automatic
 from napari_resfinetune.training.step import DTYPES, StepSettings
 
 HALF, UNTRAINED = "half-trained", "random:vit_t"
-# Each modality in full, and by one of the cheaper strategies.
-CHEAPER = {
-    "brightfield_cytology": "lora",
-    "fluo_mixed": "late",
-    "fluo_u2os": "frozen",
-    "histology": "late_lora",
-    "phase_t98g": "lora",
-    "stack3d": "frozen",
-    "timelapse": "late",
-}
-MAKE = [f"{modality}:{strategy}" for modality, cheaper in CHEAPER.items() for strategy in ("full", cheaper)]
+MODALITIES = "brightfield_cytology", "fluo_mixed", "fluo_u2os", "histology", "phase_t98g", "stack3d", "timelapse"
+MAKE = [*(f"{modality}:full" for modality in MODALITIES), "fluo_mixed:late", "fluo_u2os:frozen", "phase_t98g:lora"]
 # Of each half of a stack or time series.
 PLANES = 4
 # Candidates shall differ, so they are moved far; the truth is what a careful finetuning comes to.
@@ -71,11 +62,10 @@ def main() -> None:
     parser.add_argument("--start", default="starter")
     parser.add_argument("--make", nargs="*", default=MAKE, metavar="MODALITY:STRATEGY", help="candidates to make")
     parser.add_argument("--candidates", nargs="*", type=Path, help="finetuned models that exist already")
-    parser.add_argument("--blends", nargs="*", type=float, default=[0.9, 0.7, 0.5], help="shares of the start model")
     parser.add_argument("--targets", nargs="+", default=["fluo_mixed"])
     parser.add_argument("--learn", default="instances", choices=["instances", "both"], help="which decoders learn")
-    parser.add_argument("--steps", type=int, default=48, help="of the training that makes a candidate")
-    parser.add_argument("--truth-steps", type=int, default=96, help="of the finetuning whose outcome is the truth")
+    parser.add_argument("--steps", type=int, default=32, help="of the training that makes a candidate")
+    parser.add_argument("--truth-steps", type=int, default=24, help="of the finetuning whose outcome is the truth")
     parser.add_argument("--patches", type=int, default=16, help="that the search looks at")
     parser.add_argument("--images", type=int, default=4, help="to search and to finetune on")
     parser.add_argument("--test-patches", type=int, default=24)
@@ -97,7 +87,7 @@ def main() -> None:
 
 def check_settings(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse to go on in a folder that was begun with other settings."""
-    names = ("start", "steps", "truth_steps", "patches", "images", "test_patches", "blends")
+    names = ("start", "steps", "truth_steps", "patches", "images", "test_patches")
     precision = choose_precision("auto", "cpu", probe_hardware()).name
     asked = {**{name: getattr(options, name) for name in names}, "precision": precision, **settings(options, 0)}
     path = options.work / "options.json"
@@ -184,24 +174,8 @@ def make_candidates(options: argparse.Namespace) -> list[str]:
                 images, labels, model=start, strategy=strategy, output=run, **chosen))  # noqa: B023  # fmt: skip
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
         made.append(str(run))
-    made += [str(blend(options, share)) for share in options.blends]
     write(options.work / "candidates.json", made)
     return made
-
-
-def blend(options: argparse.Namespace, share: float) -> Path:
-    """Write a model whose weights lie between untrained ones and those of the start model."""
-    path = options.work / "candidates" / f"blend-{share:g}.pt"
-    if not path.is_file():
-        model = load_model(options.start, decoder="required")
-        untrained = load_model(UNTRAINED, decoder="new", seed=SEED).state_dict()
-        state = {
-            name: torch.lerp(untrained[name], tensor, share) if tensor.is_floating_point() else tensor
-            for name, tensor in model.state_dict().items()
-        }
-        model.load_state_dict(state)
-        save_model(path, model)
-    return path
 
 
 def truth(options: argparse.Namespace, modality: str, candidates: list[str]) -> None:

@@ -102,7 +102,7 @@ def test_modes_with_prompts(tmp_path: Path, mode: str) -> None:
 def test_a_real_network(tmp_path: Path) -> None:
     """Untrained, so its maps are rough; one object at least is there, since thresholds are wide open."""
     model = load_model("random:vit_t", decoder="new", seed=2)
-    image = np.random.default_rng(0).uniform(0, 255, (128, 224, 3)).astype(np.float32)
+    image = np.random.default_rng(0).uniform(0, 255, (96, 160, 3)).astype(np.float32)
     how = {
         "patch_px": 128,
         "parameters": {
@@ -114,7 +114,7 @@ def test_a_real_network(tmp_path: Path) -> None:
     }
     whole = segment_plane(model, image, **how)
     out = np.zeros(image.shape[:2], np.uint32)
-    segment_blockwise(model, lambda window: image[window], (128, 224), out, tmp_path, block_px=64, **how)
+    segment_blockwise(model, lambda window: image[window], (96, 160), out, tmp_path, block_px=96, **how)
     assert whole.any()
     assert same_partition(whole, out)
 

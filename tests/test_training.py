@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,6 +94,21 @@ class StopAfter:
             self.token.stop()
 
 
+@pytest.fixture(scope="module")
+def undisturbed(cells, tmp_path_factory) -> Callable[[Any], tuple[rf.TrainResult, Path]]:
+    """Return the run of a strategy that nothing interrupted, made once."""
+    made: dict[str, tuple[rf.TrainResult, Path]] = {}
+
+    def make(strategy: Any) -> tuple[rf.TrainResult, Path]:
+        name = str(strategy)
+        if name not in made:
+            folder = tmp_path_factory.mktemp("undisturbed") / "run"
+            made[name] = run(cells, folder, strategy=strategy), folder
+        return made[name]
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("strategy", "steps"),
     [
@@ -102,8 +119,8 @@ class StopAfter:
         pytest.param({"kind": "lora", "dropout": 0.3}, 3, id="adapters"),
     ],
 )
-def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(cells, tmp_path, strategy, steps):
-    whole = run(cells, tmp_path / "whole", strategy=strategy)
+def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(cells, undisturbed, tmp_path, strategy, steps):
+    whole, folder = undisturbed(strategy)
     stop = StopAfter(steps)
     settings = {**SMALL, "training": TRAINING, "strategy": strategy}
     halted = rf.train(
@@ -120,7 +137,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(cells, t
     assert (resumed.status, resumed.best_epoch) == (whole.status, whole.best_epoch)
     assert resumed.best_metric == whole.best_metric
     for name in ("latest", "best"):
-        expected = weights(tmp_path / "whole" / "checkpoints" / name)
+        expected = weights(folder / "checkpoints" / name)
         found = weights(tmp_path / "halted" / "checkpoints" / name)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
