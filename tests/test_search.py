@@ -372,6 +372,21 @@ def test_a_pilot_settles_a_close_call_and_times_stand_beside_those_of_finetuning
     assert left == {"features", "pictures", "report.html", "scores.json", "search.json", "times.png"}
 
 
+def test_a_stop_in_a_short_training_leaves_the_ranking_and_says_that_nothing_was_settled(cells, models, monkeypatch):
+    monkeypatch.setattr(ranking, "_is_close", lambda *_: True)
+    stop = rf.StopToken()
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Message) and "trained for 1 epoch with" in event.text:
+            stop.stop()
+
+    both = [cells / "start.pt", models / "late.pt"]
+    found = suggest(cells, both, patches=1, pilot_epochs=1, on_event=watch, stop=stop)
+    assert found.status == "stopped" and found.compared and found.start_from is not None
+    assert any("before its short trainings had ended" in note for note in found.notes)
+    assert not any("pilot" in each.scores for each in found)
+
+
 def test_options_that_cannot_be_are_refused(cells, tmp_path):
     config = make_config({**SETTINGS, "data": {**SMALL["data"], "images": str(cells / "images")}}, "test")
     with pytest.raises(ConfigError, match=r"patches: found 2\.5; expected a whole number"):

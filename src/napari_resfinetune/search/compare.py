@@ -121,6 +121,9 @@ class _Progress:
     def __init__(self, search: Search) -> None:
         self.search = search
         self.done = 0
+        self.todo: dict[str, list[int]] = {}
+        # Looks of later rounds, whose models are not known yet, and what one of them is predicted to take.
+        self.later, self.later_each = 0, 0.0
         # Of the looks that were taken, and not found in the store: what they took, and were predicted to take.
         self.taken = self.predicted = 0.0
 

@@ -42,7 +42,7 @@ def run_pilots(search: Search, standings: Sequence[Standing], epochs: int) -> li
         With ``scores["pilot"]`` for those that were trained.
     """
     leading = [each for each in standings if each.close or each is standings[0]][:MOST_PILOTS]
-    if not epochs or search.stop.stopped:
+    if not epochs or not search.compared:
         return list(standings)
     if not search.data.can_train:
         search.say("no short training: it takes labels of enough objects to train on and to hold out")
@@ -53,14 +53,16 @@ def run_pilots(search: Search, standings: Sequence[Standing], epochs: int) -> li
     found: dict[str, float] = {}
     search.shelf.clear()  # training takes all the memory that it may
     for each in leading:
+        if search.stop.stopped:
+            break
         search.say(
             f"{each.model}: trained for {counted(epochs, 'epoch')} with a frozen image encoder, to settle a close call"
         )
         with search.going_on(lambda why, name=each.model: search.say(f"{name}: its short training failed ({why})")):  # type: ignore[misc]
             found[each.model] = _pilot(search, each.model, epochs)
-        if search.stop.stopped:
-            search.notes.append("the search was stopped before its short trainings had ended, so they settle nothing")
-            return list(standings)
+    if search.stop.stopped:
+        search.notes.append("the search was stopped before its short trainings had ended, so they settle nothing")
+        return list(standings)
     if len(found) < 2:
         search.say("fewer than two short trainings came to their end, so they change nothing")
         return list(standings)

@@ -13,7 +13,7 @@ from typing import Any
 
 from napari_resfinetune.config import FinetuneConfig
 from napari_resfinetune.errors import ConfigError
-from napari_resfinetune.events import Message, OnEvent, StopToken
+from napari_resfinetune.events import Event, Message, OnEvent, StopToken
 from napari_resfinetune.planning import probe_hardware, within_limits
 from napari_resfinetune.planning.precision import tf32_as_chosen
 from napari_resfinetune.search.candidates import Candidate, find_candidates, possible_downloads
@@ -106,7 +106,16 @@ def suggest(
         folder = options.output
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="resfinetune-search-")))
-        search = _prepare(config, images, labels, options, folder, on_event, stop, stack)
+        search = _prepare(
+            config,
+            images,
+            labels,
+            options,
+            folder=folder,
+            tell=on_event or _unheard,
+            stop=stop or StopToken(),
+            stack=stack,
+        )
         standings = compare(search, halving=options.halving)
         standings = run_pilots(search, standings, options.pilot_epochs)
         ranked = _suggestions(search, standings)
@@ -137,9 +146,10 @@ def _prepare(
     images: Any,
     labels: Any,
     options: SearchOptions,
+    *,
     folder: Path,
-    on_event: OnEvent | None,
-    stop: StopToken | None,
+    tell: OnEvent,
+    stop: StopToken,
     stack: contextlib.ExitStack,
 ) -> Search:
     """Look at data and candidates, say what is coming, and load all models; locks and limits go onto the stack."""
@@ -154,7 +164,6 @@ def _prepare(
     busy = f"{folder}: another search is at work there; wait until it has ended, or choose another output folder"
     stack.enter_context(holding(folder / LOCK, busy))
     cache = config.resources.feature_cache_dir or folder / FEATURES
-    tell = on_event or (lambda event: None)
     search = Search(
         config=config,
         images=images,
@@ -167,7 +176,7 @@ def _prepare(
         store=ScoreStore(folder / SCORES),
         shelf=Shelf(SHELF_SHARE * setup.limits.memory_gb, setup.device),
         tell=tell,
-        stop=stop or StopToken(),
+        stop=stop,
         left_out=list(left_out),
         notes=[*data.notes, *_who_learned_here(found, data)],
     )
@@ -186,6 +195,10 @@ def _prepare(
     stack.enter_context(within_limits(setup.limits, setup.device, hardware, enforce=False))
     load_all(search, found, share=options.share)
     return search
+
+
+def _unheard(event: Event) -> None:
+    """Tell nobody."""
 
 
 def _who_learned_here(found: Sequence[Candidate], data: SearchData) -> list[str]:
