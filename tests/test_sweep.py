@@ -31,7 +31,7 @@ from napari_resfinetune.experiments.jobs import Job, Need, job_folder, last_subm
 from napari_resfinetune.experiments.manage import run_jobs, working_alone
 from napari_resfinetune.experiments.report import best_epochs, best_setting, write_report
 from napari_resfinetune.experiments.results import published_rows, read_rows
-from napari_resfinetune.planning import probe_hardware
+from napari_resfinetune.planning import Hardware, probe_hardware
 
 NEED = Need(1.0, 1.0, 60.0, "cpu-8gb", "cpu", 1)
 SMALL = {
@@ -201,6 +201,31 @@ def test_what_an_earlier_call_left_running_takes_room(tmp_path, monkeypatch):
     pool = pools.LocalPool(tmp_path, LocalSettings(at_once=1), probe_hardware())
     monkeypatch.setattr(pool, "alive", lambda: {"left": "running"})
     assert pool.submit([Job("a", {"first": {}}, NEED)]) == []
+
+
+@pytest.mark.parametrize(("given", "jobs", "at_once", "threads"), [("", 5, None, 2), ("", 1, None, 8), ("4", 5, 2, 2)])
+def test_jobs_at_the_same_time_share_the_cores(tmp_path, monkeypatch, given, jobs, at_once, threads):
+    seen = []
+
+    class Executor:
+        def __init__(self, folder):
+            pass
+
+        def update_parameters(self, **_):
+            pass
+
+        def submit(self, command):
+            seen.append(os.environ["OMP_NUM_THREADS"])
+            return SimpleNamespace(job_id="1", done=lambda: False)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(pools, "LocalExecutor", Executor)
+    hardware = Hardware("a CPU", 8, 16, 64.0, 60.0)
+    pool = pools.LocalPool(tmp_path, LocalSettings(at_once=at_once), hardware)
+    begun = pool.submit([Job(str(number), {"first": {}}, NEED) for number in range(jobs)])
+    assert len(begun) == min(jobs, at_once or 4)
+    assert seen == [str(threads)] * len(begun)
+    assert os.environ["OMP_NUM_THREADS"] == given
 
 
 def test_slurm_takes_back_the_steps_before_one_that_was_refused(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from napari_resfinetune.errors import ConfigError, ResourceError
 from napari_resfinetune.experiments.grid import DaskSettings, ExecutorSettings, LocalSettings, SlurmSettings
 from napari_resfinetune.experiments.jobs import Job, last_submitted, note_submitted, steps_left, worker_command
 from napari_resfinetune.planning import Hardware
+from napari_resfinetune.planning.limits import threads_of_environment
 
 YEAR_MINUTES = 365 * 24 * 60
 THREADS_EACH = 2
@@ -114,10 +115,16 @@ class LocalPool:
         self.room_gb = settings.memory_gb or 0.9 * hardware.memory_free_gb
         self.cards = _cards(hardware)
         self._running: dict[str, tuple[Any, Job, str | None]] = {}
+        self._threads: int | None = None
 
     def submit(self, jobs: Sequence[Job]) -> list[str]:
         """Begin with as many jobs as there is room for; one that is larger than all there is runs alone."""
         left = len(set(self.alive()) - set(self._running))
+        if self._threads is None and jobs:
+            # The same for all, so that runs of equal minutes stay comparable.
+            at_once = min(self._at_once(jobs[0]), len(jobs))
+            cores = min(self.hardware.physical_cores, threads_of_environment() or self.hardware.physical_cores)
+            self._threads = max(1, cores // at_once)
         begun: list[str] = []
         for job in jobs:
             card = next((c for c in self.cards if c not in self._taken_cards()), None)
@@ -144,11 +151,15 @@ class LocalPool:
         busy = len(self._running) + left
         if not busy:
             return True
+        taken = sum(other.need.ram_gb for _, other, _ in self._running.values())
+        return busy < self._at_once(job) and taken + job.need.ram_gb <= self.room_gb
+
+    def _at_once(self, job: Job) -> int:
+        """Return how many jobs like this one may run at a time."""
         at_once = self.settings.at_once
         if at_once is None:
             at_once = len(self.cards) if job.need.device == "cuda" else self.hardware.physical_cores // THREADS_EACH
-        taken = sum(other.need.ram_gb for _, other, _ in self._running.values())
-        return busy < max(1, at_once) and taken + job.need.ram_gb <= self.room_gb
+        return max(1, at_once)
 
     def _taken_cards(self) -> list[str | None]:
         return [card for _, _, card in self._running.values()]
@@ -158,7 +169,7 @@ class LocalPool:
         cards: dict[str, Any] = {"gpus_per_node": 1, "visible_gpus": (int(card),)} if card is not None else {}
         executor.update_parameters(timeout_min=YEAR_MINUTES, **cards)
         command = Command(worker_command(self.output, job, steps_left(self.output, job)))
-        with _interrupts_left_to_us():
+        with _interrupts_left_to_us(), _threads_for_children(self._threads):
             handle = executor.submit(command)
         self._running[job.name] = (handle, job, card)
         note_submitted(self.output, job.name, [handle.job_id])
@@ -175,6 +186,20 @@ def _interrupts_left_to_us() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _threads_for_children(threads: int | None) -> Iterator[None]:
+    """Begin processes that take so many threads; with more than there are cores, all would wait for each other."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        yield
+    finally:
+        os.environ.pop("OMP_NUM_THREADS", None)
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _cards(hardware: Hardware) -> list[str]:
