@@ -88,8 +88,7 @@ def main() -> None:
 def check_settings(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse to go on in a folder that was begun with other settings."""
     names = ("start", "steps", "truth_steps", "patches", "images", "test_patches")
-    precision = choose_precision("auto", "cpu", probe_hardware()).name
-    asked = {**{name: getattr(options, name) for name in names}, "precision": precision, **settings(options, 0)}
+    asked = {**{name: getattr(options, name) for name in names}, "precision": precision(), **settings(options, 0)}
     path = options.work / "options.json"
     before = read(path) or asked
     changed = [name for name in asked if before.get(name) != asked[name]]
@@ -116,6 +115,11 @@ def settings(options: argparse.Namespace, steps: int, learning_rate: float = TRU
         },
         "resources": {"device": "cpu", "threads": 1},
     }
+
+
+def precision() -> str:
+    """Return the number format that trainings on this machine take by themselves."""
+    return choose_precision("auto", "cpu", probe_hardware()).name
 
 
 def files(options: argparse.Namespace, modality: str) -> dict[str, tuple[list[Path], list[Path]]]:
@@ -157,10 +161,9 @@ def planes_as_files(
 
 
 def make_candidates(options: argparse.Namespace) -> list[str]:
-    """Return all candidates; finetune the start model on each modality by each strategy unless that was done before."""
+    """Return all candidates; finetune the start model as `--make` says unless that was done before."""
     made = [options.start, UNTRAINED, *map(str, options.candidates or ())]
-    wanted = [tuple(each.split(":")) for each in options.make if not options.candidates]
-    todo = [(f"{maker}-{strategy}", maker, strategy) for maker, strategy in wanted]
+    todo = [(each.replace(":", "-"), *each.split(":")) for each in options.make if not options.candidates]
     for name, maker, strategy in [*todo, (HALF, "fluo_mixed", "full")]:
         run = options.work / "candidates" / name
         if not (run / "model.pt").is_file():
@@ -202,8 +205,7 @@ def sa50(options: argparse.Namespace, modality: str, model: Path) -> float:
     config = make_config(settings(options, options.truth_steps), "benchmark")
     patches = search_patches(config, *files(options, modality)["test"], options.test_patches).patches
     loaded = load_model(model, decoder="required")
-    precision = choose_precision("auto", "cpu", probe_hardware()).name
-    step = StepSettings(autocast=DTYPES[precision], input_px=config.training.input_px)
+    step = StepSettings(autocast=DTYPES[precision()], input_px=config.training.input_px)
     features = options.work / modality / ".features"
     embed = SharedEncoder(features, step, 1.0, print).open(loaded, ())
     rows = []

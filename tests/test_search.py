@@ -21,7 +21,7 @@ from napari_resfinetune.events import Event, Message, Searched
 from napari_resfinetune.models import load_model, save_model
 from napari_resfinetune.search import SearchOptions, measure, pilot, ranking, report, zero_shot
 from napari_resfinetune.search import run as run_search
-from napari_resfinetune.search.candidates import find_candidates
+from napari_resfinetune.search.candidates import LeftOut, find_candidates
 from napari_resfinetune.search.compare import count_looks
 from napari_resfinetune.search.features import SharedEncoder, hash_units, shared_cuts
 from napari_resfinetune.search.patches import search_patches
@@ -276,6 +276,21 @@ def test_a_known_name_is_that_model_though_a_folder_is_called_like_it(cells, tmp
     found, left_out = find_candidates(["vit_b", "vit_b/"])
     assert [each.model for each in found] == [str(Path("vit_b") / "own.pt")]
     assert [each.model for each in left_out] == ["vit_b"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "brief"),
+    [
+        ("runs/a/model.pt: not a whole checkpoint (0.1 MB, bad zip); copy it again", "not a whole checkpoint"),
+        (
+            "cannot be downloaded: no server. Without network here: download https://a/b",
+            "cannot be downloaded: no server",
+        ),
+        ("the same weights as starter", "the same weights as starter"),
+    ],
+)
+def test_what_is_wrong_is_said_briefly(reason, brief):
+    assert LeftOut("a", reason).brief == brief
 
 
 def test_a_model_that_is_too_large_is_left_out_with_the_numbers(cells, tmp_path):

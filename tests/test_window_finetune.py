@@ -16,6 +16,7 @@ from qtpy.QtGui import QCloseEvent
 from qtpy.QtWidgets import QApplication, QMainWindow, QMessageBox, QPushButton
 
 from napari_resfinetune.events import Message
+from napari_resfinetune.search.candidates import LeftOut
 from napari_resfinetune.widgets import controller as controller_module
 from napari_resfinetune.widgets.draft import PairItem
 from napari_resfinetune.widgets.engine_status import EngineStatus
@@ -521,7 +522,7 @@ def test_a_suggested_model_is_chosen_and_the_reason_said(widget, qtbot):
     assert suggestion.words.text() == "Comparing models, now starter: 19 %, 1 min left"
     missing = [{"model": "vit_b_lm", "size_mb": 415, "advice": ""}, {"model": "vit_h", "size_mb": 2565, "advice": ""}]
     reason = "not a whole checkpoint (0.1 MB, PytorchStreamReader failed); expected a file written by torch.save"
-    broken = [{"model": "/runs/broken", "reason": f"/runs/broken/model.pt: {reason}"}]
+    broken = [LeftOut("/runs/broken", f"/runs/broken/model.pt: {reason}").to_dict()]
     engine.answer("suggest", found(("starter", 0.61), ("/runs/first", 0.5), downloads=missing, left_out=broken))
     assert widget.model.model.value() == widget.value().model == "starter"
     assert "Start from starter: it does best on your images (starter 0.61, first 0.50)" in suggestion.words.text()

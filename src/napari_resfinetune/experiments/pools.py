@@ -25,8 +25,7 @@ from submitit.helpers import Checkpointable, DelayedSubmission
 from napari_resfinetune.errors import ConfigError, ResourceError
 from napari_resfinetune.experiments.grid import DaskSettings, ExecutorSettings, LocalSettings, SlurmSettings
 from napari_resfinetune.experiments.jobs import Job, last_submitted, note_submitted, steps_left, worker_command
-from napari_resfinetune.planning import Hardware
-from napari_resfinetune.planning.limits import threads_of_environment
+from napari_resfinetune.planning import Hardware, usable_cores
 
 YEAR_MINUTES = 365 * 24 * 60
 THREADS_EACH = 2
@@ -123,8 +122,7 @@ class LocalPool:
         if self._threads is None and jobs:
             # The same for all, so that runs of equal minutes stay comparable.
             at_once = min(self._at_once(jobs[0]), len(jobs))
-            cores = min(self.hardware.physical_cores, threads_of_environment() or self.hardware.physical_cores)
-            self._threads = max(1, cores // at_once)
+            self._threads = max(1, usable_cores(self.hardware) // at_once)
         begun: list[str] = []
         for job in jobs:
             card = next((c for c in self.cards if c not in self._taken_cards()), None)

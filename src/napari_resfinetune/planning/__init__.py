@@ -4,7 +4,7 @@ from napari_resfinetune.planning.allocator import Freed, freed_memory, kept_wher
 from napari_resfinetune.planning.calibration import learn_from_run, rates_here
 from napari_resfinetune.planning.hardware import Gpu, Hardware, environment_report, pick_device, probe_hardware
 from napari_resfinetune.planning.levers import Pulled, Work, levered, pull_lever
-from napari_resfinetune.planning.limits import Limits, choose_limits, cores_allowed, within_limits
+from napari_resfinetune.planning.limits import Limits, choose_limits, usable_cores, within_limits
 from napari_resfinetune.planning.memory import (
     MemoryGauge,
     MemoryReading,
@@ -50,7 +50,7 @@ __all__ = [
     "pull_lever",
     "Limits",
     "choose_limits",
-    "cores_allowed",
+    "usable_cores",
     "within_limits",
     "Length",
     "Plan",

@@ -93,20 +93,16 @@ def choose_limits(resources: ResourcesConfig, preset: Preset, hardware: Hardware
             gpu_reason = f"{card.memory_free_gb:.1f} GB are free on {card.name}"
             gpu_gb = card.memory_free_gb
         reason = gpu_reason
-    threads = resources.threads or cores_allowed(preset, hardware, threads_of_environment())
+    threads = resources.threads or min(preset.cores, usable_cores(hardware))
     return Limits(memory_gb, gpu_gb, threads, resources.nice, reason)
 
 
-def cores_allowed(preset: Preset, hardware: Hardware, most: int | None = None) -> int:
-    """Return how many of the preset's cores there are, at most so many."""
-    return max(1, min(preset.cores, hardware.physical_cores, most or preset.cores))
-
-
-def threads_of_environment() -> int | None:
-    """Return the threads that OMP_NUM_THREADS gives to every numerical library, if it is set."""
+def usable_cores(hardware: Hardware) -> int:
+    """Return how many cores there are, or fewer where OMP_NUM_THREADS gives numerical libraries no more threads."""
     # A list of them is for nested levels, of which there is one here.
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(first) if first.isascii() and first.isdecimal() and int(first) > 0 else None
+    given = int(first) if first.isascii() and first.isdecimal() else 0
+    return max(1, min(hardware.physical_cores, given or hardware.physical_cores))
 
 
 @contextlib.contextmanager

@@ -42,12 +42,14 @@ class LeftOut:
 
     @property
     def brief(self) -> str:
-        """What is wrong, without what to do."""
-        return self.reason.partition(";")[0].partition(". ")[0]
+        """What is wrong, without the file, numbers, internals and what to do."""
+        first = self.reason.partition(";")[0].partition(". ")[0].partition(" (")[0]
+        file, _, wrong = first.partition(": ")
+        return wrong if wrong and " " not in file else first
 
     def to_dict(self) -> dict[str, str]:
         """Return plain data."""
-        return {"model": self.model, "reason": self.reason}
+        return {"model": self.model, "reason": self.reason, "brief": self.brief}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -215,17 +214,17 @@ def _who_learned_here(found: Sequence[Candidate], data: SearchData) -> list[str]
 
 def _trained_on(run: Path) -> set[str]:
     try:
-        split = json.loads((run / "split.json").read_text(encoding="utf-8"))
+        split = RunFolder(run).read_json("split.json")
         return {str(region["image"]) for region in split["train"]}
-    except (OSError, ValueError, KeyError, TypeError):  # no run folder, or nothing to be read in it
+    except (ConfigError, KeyError, TypeError):  # no run folder, or nothing to be read in it
         return set()
 
 
 def _say_what_is_replaced(search: Search, found: Sequence[Candidate]) -> None:
     try:
-        before = json.loads((search.folder / RESULT).read_text(encoding="utf-8"))
+        before = RunFolder(search.folder).read_json(RESULT)
         ranked = [each["model"] for each in before["ranked"]]
-    except (OSError, ValueError, KeyError, TypeError):  # none there, or damaged; it is only an output
+    except (ConfigError, KeyError, TypeError):  # none there, or damaged; it is only an output
         return
     gone = [model for model in ranked if model not in {each.model for each in found}]
     if before.get("images") != list(search.data.images):

@@ -74,10 +74,10 @@ def predict_search(
     patches = len(search.data.patches)
     length = Length(epochs=1, steps_per_epoch=0, validation_samples=patches, patches_kept=patches)
     for architecture in dict.fromkeys(each.location.architecture for each in candidates):
-        plan, scoring = (
-            plan_run(with_objects(each, setup.preset, architecture), setup, hardware, architecture, length)
-            for each in (frozen, both)
-        )
+        plan = plan_run(with_objects(frozen, setup.preset, architecture), setup, hardware, architecture, length)
+        scoring = plan
+        if frozen.training.targets != "both":
+            scoring = plan_run(with_objects(both, setup.preset, architecture), setup, hardware, architecture, length)
         members = [each for each in candidates if each.location.architecture == architecture]
         if plan.fits:
             fitting += members

@@ -36,7 +36,6 @@ from napari_resfinetune.planning import (
     auto_preset,
     choose_limits,
     choose_precision,
-    cores_allowed,
     device_of,
     get_preset,
 )
@@ -190,7 +189,7 @@ def choose_setup(config: FinetuneConfig, hardware: Hardware) -> Setup:
     if preset.device != kind:
         notes = (*notes, f"preset {preset.name} is for {preset.device}, and this runs on {kind}: its RAM limit counts")
     limits = choose_limits(config.resources, preset, hardware, device)
-    cores = cores_allowed(preset, hardware)
+    cores = min(preset.cores, hardware.physical_cores)
     if config.resources.threads is None and limits.threads < cores:
         notes = (*notes, f"{limits.threads} of {cores} cores, since OMP_NUM_THREADS says so; resources.threads={cores} "
                  "takes all of them")  # fmt: skip

@@ -110,7 +110,7 @@ class Suggestion(QObject):
         missing = [each["model"] for each in found["downloads"] if each["model"].endswith("_lm")]
         further = f" Not on this computer yet: {', '.join(missing)}." if missing else ""
         failed = ", ".join(_short(each["model"]) for each in found["left_out"])
-        left_out = f" Left out: {failed} ({_brief(found['left_out'][0]['reason'])})." if failed else ""
+        left_out = f" Left out: {failed} ({found['left_out'][0]['brief']})." if failed else ""
         advice = found["advice"]
         for each in found["ranked"]:
             advice = advice.replace(each["model"], _short(each["model"]))
@@ -131,11 +131,6 @@ class Suggestion(QObject):
     def _show_button(self) -> None:
         self.button.setText("Stop" if self.busy else "Suggest")
         self.button.setEnabled(not self._copying and (self.busy or bool(self._controller.draft.pairs)))
-
-
-def _brief(reason: str) -> str:
-    """Return what is wrong, without numbers, internals and what to do; the command says all of it."""
-    return reason.partition(";")[0].partition(" (")[0].rpartition(": ")[2]
 
 
 def _short(model: str) -> str:
